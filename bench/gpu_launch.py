@@ -11,7 +11,7 @@ import torch
 from results import ROOT
 from torch import Tensor
 
-from logitcask.kernels.launch import next_power_of_2, on_device
+from logitcask.kernels.launch import compile_options, next_power_of_2, on_device
 from logitcask.kernels.logit_transform import PLAIN
 from logitcask.kernels.row_grad import grad_kernel
 from logitcask.kernels.row_stats import scan_kernel
@@ -96,7 +96,8 @@ def select(z: Tensor, group_max: Tensor, *, k: int, group: int, warps: int) -> T
     values, ids = group_max.new_empty(n_rows, k), group_max.new_empty(n_rows, k, dtype=torch.int64)
     arguments = select_arguments(z, group_max, k, z.shape[1], group) | {"num_warps": warps}
     with on_device(z):
-        select_kernel[(n_rows,)](z, values=values, ids=ids, **arguments)
+        options = compile_options("select_kernel", z, arguments["K"])
+        select_kernel[(n_rows,)](z, values=values, ids=ids, **arguments, **options)
     return ids
 
 

@@ -15,7 +15,7 @@ from logitcask.kernels.fused_maths import (
     tail_loss,
 )
 from logitcask.kernels.fused_objective import WITH_PARAMETER, FusedObjective, OverlapSums
-from logitcask.kernels.launch import next_power_of_2, on_device
+from logitcask.kernels.launch import compile_options, next_power_of_2, on_device
 from logitcask.kernels.logit_transform import LN2, LogitTransform, softcapped
 from logitcask.kernels.objective_input import ObjectiveGrad, ObjectiveInput
 from logitcask.kernels.row_grad import grad_rows
@@ -196,13 +196,15 @@ def fused_rows(
     top_ids = lse.new_empty(n_rows, k, dtype=torch.int64)
     sums = lse.new_empty(len(OverlapSums._fields), n_rows)
     inner, outer = logit_transform.factors()
+    selection = select_arguments(logits, group_max, k, n_vocab, group)
+    padded = next_power_of_2(n_ids)
     if n_rows:
         with on_device(logits):
             objective_kernel[(n_rows,)](
                 logits,
                 lse,
                 ids=ids,
-                **select_arguments(logits, group_max, k, n_vocab, group),
+                **selection,
                 **_objective_arguments(objective),
                 row_weight=weight,
                 top_log_p=top_log_p,
@@ -219,8 +221,9 @@ def fused_rows(
                 inner=inner,
                 outer=outer,
                 slope=logit_transform.slope_at_0,
-                SLOTS=next_power_of_2(n_ids),
+                SLOTS=padded,
                 SOFTCAP=logit_transform.softcap is not None,
+                **compile_options("objective_kernel", logits, selection["K"], padded),
             )
     if out is not None:
         grad_rows(logits, lse, final_dense, ids, final_at_ids, out, n_vocab, logit_transform)

@@ -28,6 +28,7 @@ from logitcask.kernels.launch import (
     TILE,
     check_k,
     check_logits,
+    compile_options,
     compute_dtype,
     next_power_of_2,
     num_warps,
@@ -172,7 +173,7 @@ def _scan_triton(logits: Tensor, width: int) -> GroupStats:
                 ROWS=tile // width,
                 GROUP=width,
                 num_warps=num_warps(tile),
-                enable_fp_fusion=True,  # the default differs between versions of Triton
+                **compile_options("group_kernel", logits),
             )
     return GroupStats(width, *found)
 

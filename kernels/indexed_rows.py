@@ -24,7 +24,13 @@ from logitcask.kernels.indexed_cpu import (
     sums_from,
     sums_of_every_id,
 )
-from logitcask.kernels.launch import compute_dtype, next_power_of_2, on_device, runs_triton
+from logitcask.kernels.launch import (
+    compile_options,
+    compute_dtype,
+    next_power_of_2,
+    on_device,
+    runs_triton,
+)
 from logitcask.kernels.segment_sums import first_terms, segments, sum_segments
 
 TILE_D = 128
@@ -138,7 +144,7 @@ def logits_at(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
                 TILE_S=TILE_S,
                 TILE_D=min(TILE_D, next_power_of_2(n_columns)),
                 num_warps=4,
-                enable_fp_fusion=True,  # the default differs between versions of Triton
+                **compile_options("dot_kernel", hidden),
             )
         return z
     z = listed_products(hidden, weight, ids.clamp(min=0), dtype)
@@ -166,7 +172,7 @@ def weighted_rows(coefficients: Tensor, weight: Tensor, ids: Tensor, dtype: torc
                 TILE_S=TILE_S,
                 TILE_D=tile,
                 num_warps=4,
-                enable_fp_fusion=True,
+                **compile_options("weighted_sum_kernel", weight),
             )
         return out
     return listed_sums(torch.where(ids < 0, 0.0, coefficients), weight, ids.clamp(min=0), dtype)

@@ -20,9 +20,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import triton
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -32,8 +33,26 @@ TILE = 4096
 """Logits that one Triton program handles per step."""
 
 NUMBERS_A_THREAD = 16
-"""Numbers of a tile that a thread holds: two 128-bit loads of bf16. With them no kernel spills, for
-any Triton from 3.6 on and any architecture of `tests/kernels/aot.py`."""
+"""Numbers of a tile that a thread holds: two 128-bit loads of bf16. With them, and MAX_REGISTERS,
+no kernel spills for any Triton from 3.6 to 3.9 and any architecture of `tests/kernels/aot.py`."""
+
+MAX_REGISTERS: dict[tuple[str, int, str, torch.dtype, tuple[int, ...]], int] = {
+    ("3.6", 120, "objective_kernel", torch.bfloat16, (64, 64)): 80,
+    ("3.6", 100, "objective_kernel", torch.bfloat16, (128, 128)): 72,
+    ("3.6", 120, "objective_kernel", torch.bfloat16, (128, 128)): 64,
+    ("3.7", 90, "dot_kernel", torch.float32, ()): 64,
+    ("3.7", 100, "scan_kernel", torch.bfloat16, (False,)): 64,
+    ("3.7", 120, "scan_kernel", torch.bfloat16, (True,)): 96,
+    ("3.7", 120, "select_kernel", torch.float32, (16,)): 104,
+    ("3.8", 80, "objective_kernel", torch.float32, (128, 128)): 64,
+    ("3.8", 80, "select_kernel", torch.float32, (128,)): 64,
+    ("3.8", 90, "dot_kernel", torch.float32, ()): 64,
+    ("3.9", 90, "select_kernel", torch.float32, (64,)): 96,
+}
+"""(Triton, compute capability, kernel, dtype, constants) -> registers a thread may have (maxnreg)
+where ptxas would else choose too few and spill. It is the number that it chooses there, which as a
+limit it keeps without a spill, or the next that is enough. Results do not change. dtype: of the
+logits, hidden states or head. constants: of a scan SOFTCAP, of a selection K and S, padded."""
 
 CPU_CHUNK = 1 << 18
 """Logits per torch chunk on a CPU: small enough to stay in cache between passes, large enough to
@@ -87,6 +106,27 @@ def next_power_of_2(n: int) -> int:
 def num_warps(n_numbers: int) -> int:
     """Return the warps of a program that holds tiles of n_numbers: 4 to 16."""
     return min(16, max(4, n_numbers // (32 * NUMBERS_A_THREAD)))
+
+
+def compile_options(kernel: str, x: Tensor, *constants: int) -> dict[str, Any]:
+    """Return the options of a launch of a kernel on x; constants as in MAX_REGISTERS."""
+    capability = None
+    if x.is_cuda and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(x.device)
+        capability = 10 * major + minor
+    return options_of(kernel, x.dtype, constants, capability)
+
+
+def options_of(
+    kernel: str, dtype: torch.dtype, constants: tuple[int, ...], capability: int | None
+) -> dict[str, Any]:
+    """Return compile_options for a compute capability, 90 of an H200; None if not of NVIDIA."""
+    options: dict[str, Any] = {"enable_fp_fusion": True}  # the default of Triton 3.9 is another
+    version = ".".join(triton.__version__.split(".")[:2])
+    if capability is not None:
+        limit = MAX_REGISTERS.get((version, capability, kernel, dtype, constants))
+        options |= {} if limit is None else {"maxnreg": limit}
+    return options
 
 
 def reads_values(tensor: Tensor) -> bool:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from logitcask.kernels.launch import TILE, num_warps, on_device, runs_triton
+from logitcask.kernels.launch import TILE, compile_options, num_warps, on_device, runs_triton
 
 PROGRAMS = 2048
 """Largest number of programs, each with many tiles: the whole cost if the factor is 1."""
@@ -47,7 +47,12 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
     if n_tiles:
         with on_device(x):
             scale_kernel[(min(n_tiles, PROGRAMS),)](
-                x, factor.float(), x.numel(), TILE=TILE, num_warps=num_warps(TILE)
+                x,
+                factor.float(),
+                x.numel(),
+                TILE=TILE,
+                num_warps=num_warps(TILE),
+                **compile_options("scale_kernel", x),
             )
     return x
 

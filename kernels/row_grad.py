@@ -23,6 +23,7 @@ from logitcask.kernels.launch import (
     check_ids,
     check_logits,
     check_row_vector,
+    compile_options,
     compute_dtype,
     cpu_chunk_rows,
     next_power_of_2,
@@ -208,7 +209,7 @@ def grad_rows(
             SOFTCAP=logit_transform.softcap is not None,
             DENSE_LOG=dense_log is not None,
             num_warps=num_warps(tile),
-            enable_fp_fusion=True,  # the default differs between versions of Triton
+            **compile_options("grad_kernel", logits),
         )
 
 

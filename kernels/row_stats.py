@@ -24,6 +24,7 @@ from torch import Tensor
 from logitcask.kernels.launch import (
     TILE,
     check_logits,
+    compile_options,
     compute_dtype,
     cpu_chunk_rows,
     next_power_of_2,
@@ -198,6 +199,7 @@ def _scan_triton(
     lse = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
     entropy = torch.empty_like(lse)
     group_max = lse.new_empty(n_rows, n_slots) if group else None
+    softcap = logit_transform.softcap is not None
     if n_rows:
         with on_device(logits):
             scan_kernel[(n_rows,)](
@@ -213,9 +215,9 @@ def _scan_triton(
                 GROUP=width,
                 VECTOR=16 // logits.element_size(),
                 GROUPS=group_max is not None,
-                SOFTCAP=logit_transform.softcap is not None,
+                SOFTCAP=softcap,
                 num_warps=num_warps(tile),
-                enable_fp_fusion=True,  # the default differs between versions of Triton
+                **compile_options("scan_kernel", logits, softcap),
             )
     return RowScan(RowStats(lse, entropy), group_max)
 

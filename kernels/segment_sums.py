@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from logitcask.kernels.launch import next_power_of_2, on_device
+from logitcask.kernels.launch import compile_options, next_power_of_2, on_device
 
 TILE_D = 128
 """Columns of the hidden states that a program holds at a time."""
@@ -180,7 +180,7 @@ def sum_segments(
             TILE_N=TILE_N,
             TILE_D=tile,
             num_warps=4,
-            enable_fp_fusion=True,  # the default differs between versions of Triton
+            **compile_options("piece_kernel", hidden),
         )
         segment_kernel[(min(n, most), n_tiles)](
             by_id,
@@ -198,5 +198,5 @@ def sum_segments(
             TILE_N=TILE_N,
             TILE_D=tile,
             num_warps=4,
-            enable_fp_fusion=True,
+            **compile_options("segment_kernel", hidden),
         )

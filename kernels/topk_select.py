@@ -21,6 +21,7 @@ from torch import Tensor
 from logitcask.kernels.launch import (
     check_k,
     check_logits,
+    compile_options,
     compute_dtype,
     cpu_chunk_rows,
     next_power_of_2,
@@ -221,7 +222,8 @@ def select_rows(
         if n_rows:
             with on_device(logits):
                 arguments = select_arguments(logits, group_max, k, n_vocab, group)
-                select_kernel[(n_rows,)](logits, values=values, ids=ids, **arguments)
+                options = compile_options("select_kernel", logits, arguments["K"])
+                select_kernel[(n_rows,)](logits, values=values, ids=ids, **arguments, **options)
         return values, ids
     n_read = n_vocab if group_max is None else k * group + group_max.shape[1]
     for rows in row_chunks(n_rows, cpu_chunk_rows(n_read)):
@@ -250,7 +252,6 @@ def select_arguments(
         "k": k,
         **sizes,
         "ZERO_BITS": ZERO_BITS[logits.dtype],
-        "enable_fp_fusion": True,  # the default differs between versions of Triton
     }
 
 

@@ -12,10 +12,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from aot_cases import ALIGNED, CASES, FLOAT, INTEGER, PLANS, POINTER, WITH_CODE, Case
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from logitcask.kernels.launch import options_of
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -25,6 +28,16 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 """A100, H100 and H200, B200, RTX 50 and RTX PRO 6000, MI300."""
+
+READ = ("logits", "x", "hidden", "weight")
+"""Argument that a launch chooses its options by, the first that a kernel has."""
+CONSTANTS = {
+    "scan_kernel": ("SOFTCAP",),
+    "select_kernel": ("K",),
+    "objective_kernel": ("K", "SLOTS"),
+}
+"""Constants of a launch that it chooses them by, too."""
+DTYPES = {"*bf16": torch.bfloat16, "*fp32": torch.float32}
 
 
 def compile_case(case: Case, target: GPUTarget):
@@ -47,9 +60,12 @@ def compile_case(case: Case, target: GPUTarget):
         constexprs={(names.index(name),): value for name, value in case.constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    return triton.compile(
-        source, target=target, options={"num_warps": case.num_warps, "enable_fp_fusion": True}
-    )
+    dtype = next(DTYPES[signature[name]] for name in READ if name in names)
+    named = CONSTANTS.get(case.kernel.__name__, ())
+    constants = tuple(case.constants[name] for name in named)
+    capability = target.arch if target.backend == "cuda" else None
+    options = options_of(case.kernel.__name__, dtype, constants, capability)
+    return triton.compile(source, target=target, options={"num_warps": case.num_warps} | options)
 
 
 def describe_nvidia(compiled, with_code: bool) -> dict:

@@ -43,8 +43,9 @@ INTEGER = {
     *("live_k", "metric_k"),
 }
 FLOAT = {"inner", "outer", "slope", "log_b", "log_1b"}
-# Multiples of 16 at V=151936.
+# Multiples of 16 at V=151936 and the default K; a default store lists 81 ids.
 ALIGNED = {n for n in INTEGER if "stride" in n} | {"n_vocab", "n_columns", "n_slots", "n_elements"}
+ALIGNED |= {"k", "live_k", "metric_k", "n"}
 
 
 class Case(NamedTuple):

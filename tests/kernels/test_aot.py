@@ -22,13 +22,6 @@ pytestmark = pytest.mark.timeout(7200 if SOAK else 900)
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
 """Bytes of shared memory that a program may have."""
 
-SPILLED = {
-    ("3.6.0", "fused K64 S64 bf16 jsd bucket", "sm_120"): 8,
-    ("3.7.0", "scan bf16", "sm_100"): 8,
-    ("3.8.0", "fused K128 S128 fp32 jsd bucket", "sm_80"): 24,
-}
-"""Bytes that ptxas spills although registers are left: it chose 64 or 80 of them."""
-
 Rows = dict[tuple[str, str], dict]
 
 
@@ -64,8 +57,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_nothing_spills_and_shared_memory_fits(compiled: Rows) -> None:
     assert len(compiled) >= 5
     for row in compiled.values():
-        key = (row["triton"], row["name"], row["target"])
-        assert row["spilled_bytes"] == SPILLED.get(key, 0), row
+        assert row["spilled_bytes"] == 0, row
         assert row["shared"] <= SHARED[row["target"]], row
 
 

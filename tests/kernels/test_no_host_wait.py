@@ -40,7 +40,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 
     def record(kernel: InterpretedFunction, grid: tuple[int, ...]) -> Callable[..., None]:
         seen[kernel.fn.__name__] = math.prod(grid)
-        return lambda *arguments, **options: None
+        return lambda *arguments, enable_fp_fusion, **options: None
 
     monkeypatch.setattr(InterpretedFunction, "__getitem__", record)
     for module in (launch, indexed_linear_module):
@@ -126,6 +126,26 @@ def test_a_shard_of_the_head_does_not_wait(launches: dict[str, int]) -> None:
     read = merge_reads([part, part], K)
     assert read.top_ids.shape == (P, K)
     assert launches.keys() == {"scan_kernel", "select_kernel"}
+
+
+def test_every_launch_takes_the_options_of_its_kernel(
+    launches: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = []
+
+    def options_of(*call: object) -> dict[str, bool]:
+        requests.append(call)
+        return {"enable_fp_fusion": True}
+
+    monkeypatch.setattr(launch, "options_of", options_of)
+    hidden, weight, ids = make_inputs()
+    for op, k, fn in ((linear_sparse_kl, K, make_fused()), (indexed_linear, K, plain)):
+        op(hidden, weight, ids, fn, k=k).loss.backward()
+    assert {kernel for kernel, *_ in requests} == launches.keys()
+    of = {kernel: call for kernel, *call in requests}
+    assert of["objective_kernel"] == [torch.bfloat16, (K, S), None]
+    assert of["select_kernel"] == [torch.bfloat16, (K,), None]
+    assert of["scan_kernel"] == [torch.bfloat16, (False,), None]
 
 
 def test_a_sum_by_id_has_no_program_for_each_term(launches: dict[str, int]) -> None:
