@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.store import open_store
 from logitcask.engine.store.inspect import choose, choose_teacher
@@ -28,3 +29,15 @@ def open_stored(
         for sequence in np.flatnonzero(lengths.response)
     ]
     return source, np.array(members, np.int64).reshape(-1, 2)
+
+
+def check_topk(source: PackSource, k: int) -> None:
+    """Raise ObjectiveError where the scores have fewer of the teacher's ids than k."""
+    requests = [scores[0].provenance["request"] for _, scores in source.pairs]
+    least = min(int(request["teacher_topk_min"]) for request in requests)
+    if k > least:
+        raise ObjectiveError(
+            f"k = {k}, and the scores have at least {least} of the teacher's ids",
+            hint=f"ask the trainer for {least} ids or fewer, or score again with "
+            f"--teacher-topk-min {k}",
+        )

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from logitcask.engine.errors import IncompleteError, ObjectiveError
-from logitcask.engine.integrations.stored import open_stored
+from logitcask.engine.errors import IncompleteError
+from logitcask.engine.integrations.stored import check_topk, open_stored
 from logitcask.engine.packing.source import Pack
 from logitcask.engine.types import Array
 
@@ -51,14 +51,7 @@ class StoreRolloutWorker:
         Raises ObjectiveError where the scores have fewer ids than k.
         """
         self._source, self._members = open_stored(store, rollouts, teacher, snapshot)
-        requests = [scores[0].provenance["request"] for _, scores in self._source.pairs]
-        least = min(int(request["teacher_topk_min"]) for request in requests)
-        if k > least:
-            raise ObjectiveError(
-                f"k = {k}, and the scores have at least {least} of the teacher's ids",
-                hint=f"give k and teacher_top_k as {least} or less, or score again with "
-                f"--teacher-topk-min {k}",
-            )
+        check_topk(self._source, k)
         self._k, self._sampled, self._epochs, self._seed = k, sampled_token, epochs, seed
         self._stopped, self._thread = threading.Event(), threading.Thread(target=self._fill)
         self._failure: BaseException | None = None
