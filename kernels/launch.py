@@ -47,7 +47,9 @@ MAX_REGISTERS: dict[tuple[str, int, str, torch.dtype, tuple[int, ...]], int] = {
     ("3.8", 80, "objective_kernel", torch.float32, (128, 128)): 64,
     ("3.8", 80, "select_kernel", torch.float32, (128,)): 64,
     ("3.8", 90, "dot_kernel", torch.float32, ()): 64,
+    ("3.9", 80, "objective_kernel", torch.bfloat16, (128, 128)): 64,
     ("3.9", 90, "select_kernel", torch.float32, (64,)): 96,
+    ("3.9", 100, "select_kernel", torch.float32, (64,)): 96,
 }
 """(Triton, compute capability, kernel, dtype, constants) -> registers a thread may have (maxnreg)
 where ptxas would else choose too few and spill. It is the number that it chooses there, which as a
