@@ -50,7 +50,7 @@ def body_of(case: dict[str, Any]) -> RequestBody:
 
 @pytest.mark.parametrize("case", GOLDEN["cases"])
 def test_bodies_that_sglang_wrote_are_read(case: dict[str, Any]) -> None:
-    """The token 9, the last of the head, is 0 in them."""
+    # The token 9, the last of the head, is 0 in them.
     body, lp = body_of(case), LP[case["start"] : -1]
     found = body.read(SGLANG, set(), case["body"].encode())
     np.testing.assert_array_equal(found.lp, lp[np.arange(body.rows), IDS[-body.rows :]])
@@ -135,7 +135,7 @@ def test_scores_equal_those_of_the_model_and_of_vllms_form(
 def test_parts_of_a_sequence_follow_one_another(
     connect: Connect, teacher: HF, rolled: Rollouts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each part begins where the one before it ended, so the server's prefix cache holds that."""
+    """Begin each part where the one before it ended: the server's prefix cache holds that."""
     monkeypatch.setattr(sglang, "PART_ENTRIES", 1)
     with FakeSGLang(teacher.model) as server:
         connect(server, limits=replace(QUICK, requests=1)).score(rolled, PARAMS)
@@ -240,7 +240,6 @@ def test_scores_after_single_faults_are_exact(
 def test_other_weights_are_another_teacher(
     server: FakeSGLang, connect: Connect, rolled: Rollouts
 ) -> None:
-    """A server that has been given other weights says so; its tokens may be the same."""
     scorer = connect(server)
     server.weight_version = "step-2"
     with pytest.raises(IdentityError, match="fingerprint is 'step-2', and was ''"):
