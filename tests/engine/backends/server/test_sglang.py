@@ -264,7 +264,7 @@ def test_the_kind_of_a_server_is_found_or_forced(
     assert "merge the adapter" in caught.value.hint
 
 
-def test_a_version_without_chosen_ids_is_refused_before_it_is_asked(
+def test_a_version_without_chosen_ids_is_rejected_without_a_request(
     server: FakeSGLang, connect: Connect, teacher: HF, rolled: Rollouts
 ) -> None:
     server.at_ids = False
