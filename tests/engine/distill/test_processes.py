@@ -30,46 +30,10 @@ from logitcask.engine.store.verify import verify
 from logitcask.engine.workers.processes import Command
 from logitcask.engine.workers.timeline import Span, read_timeline
 from tests.engine.distill import forked_roles
-from tests.engine.tiny import make_model, save_folder
+from tests.engine.distill.small_loop import ROUNDS, UPDATES, save_case, with_values
 
-ROUNDS, UPDATES, UNITS = 4, 2, 8
-TOML = f"""
-[student]
-model = "student"
-[teacher]
-model = "teacher"
-name = "big"
-[prompts]
-file = "p.jsonl"
-chat_template = false
-[store]
-url = "store"
-[rollout]
-n = 2
-max_new_tokens = 4
-student_topk = 4
-unit_prompts = 2
-[score]
-teacher_topk_min = 8
-teacher_topk_max = 16
-[train]
-objective = "overlap"
-loss_topk = 4
-learning_rate = 5e-3
-pack_length = 48
-save_steps = 2
-[loop]
-rounds = {ROUNDS}
-prompts_per_round = 3
-updates_per_round = {UPDATES}
-[work]
-poll = 0.02
-[runner]
-restarts = 30
-[run]
-out = "out"
-device = "cpu"
-"""
+UNITS = 8
+"""Units of rollouts."""
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -142,12 +106,8 @@ def begun(out: Path, role: str) -> list[Span]:
 
 @pytest.fixture(scope="module")
 def loops(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loops]:
-    path = tmp_path_factory.mktemp("models")
-    save_folder(path / "student", make_model(hidden=16, layers=1, seed=1, spread=0.1))
-    save_folder(path / "teacher", make_model(hidden=16, layers=1, seed=2, spread=0.3))
-    rows = [{"id": f"p{i}", "prompt": "abcdefgh"[: i + 1]} for i in range(5)]
-    (path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (path / "d.toml").write_text(TOML)
+    toml = with_values(max_new_tokens=4, save_steps=2, poll=0.02) + "[runner]\nrestarts = 30\n"
+    path = save_case(tmp_path_factory.mktemp("models"), toml)
     loops = Loops(path)
     with loops.process:
         yield loops

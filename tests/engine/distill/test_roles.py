@@ -15,7 +15,6 @@ import pytest
 
 import logitcask.engine.distill.follow_rows as follow_rows
 from logitcask.engine.config.sections import RunConfig
-from logitcask.engine.config.toml import read_toml
 from logitcask.engine.distill.loop import distill
 from logitcask.engine.distill.roles import Role, open_role, run_role, train_role
 from logitcask.engine.errors import ConfigError, IdentityError
@@ -25,64 +24,17 @@ from logitcask.engine.store.log.claims import note_failure
 from logitcask.engine.training.run import TrainReport
 from logitcask.engine.types import Progress, no_progress
 from logitcask.engine.workers.worker import Worker
+from tests.engine.distill.small_loop import ROUNDS, TOML, UPDATES, configure, save_case
 from tests.engine.store.made import key
-from tests.engine.tiny import make_model, save_folder
-
-ROUNDS, UPDATES = 4, 2
-TOML = f"""
-[student]
-model = "student"
-[teacher]
-model = "teacher"
-name = "big"
-[prompts]
-file = "p.jsonl"
-chat_template = false
-[store]
-url = "store"
-[rollout]
-n = 2
-max_new_tokens = 8
-student_topk = 4
-unit_prompts = 2
-[score]
-teacher_topk_min = 8
-teacher_topk_max = 16
-[train]
-objective = "overlap"
-loss_topk = 4
-learning_rate = 5e-3
-pack_length = 48
-save_steps = 3
-[loop]
-rounds = {ROUNDS}
-prompts_per_round = 3
-updates_per_round = {UPDATES}
-[work]
-poll = 0.001
-[run]
-out = "out"
-device = "cpu"
-"""
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a folder with student, teacher, prompts and d.toml; stores and runs are elsewhere."""
-    path = tmp_path_factory.mktemp("models")
-    save_folder(path / "student", make_model(hidden=16, layers=1, seed=1, spread=0.1))
-    save_folder(path / "teacher", make_model(hidden=16, layers=1, seed=2, spread=0.3))
-    rows = [{"id": f"p{i}", "prompt": "abcdefgh"[: i + 1]} for i in range(5)]
-    (path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (path / "d.toml").write_text(TOML)
+    path = save_case(tmp_path_factory.mktemp("models"))
     drawn = TOML.replace("overlap", "sampled_token").replace("loss_topk = 4", "")
     (path / "drawn.toml").write_text(drawn)
     return path
-
-
-def configure(models: Path, into: Path, *changes: str, file: str = "d.toml") -> RunConfig:
-    places = (f"store.url={into / 'store'}", f"run.out={into / 'out'}")
-    return read_toml(models / file, [*places, *changes])
 
 
 def units_of(into: Path) -> Counter[tuple[str, int, int]]:

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from logitcask.engine.config.sections import EstimateConfig, RunConfig, ScoreConfig
-from logitcask.engine.config.toml import read_toml, validate
+from logitcask.engine.config.toml import validate
 from logitcask.engine.distill.loop import distill
 from logitcask.engine.distill.roles import Role, train_role
 from logitcask.engine.distill.teacher import refreshes
@@ -23,10 +23,10 @@ from logitcask.engine.errors import ConfigError, IdentityError, IntegrityError, 
 from logitcask.engine.store import open_store
 from logitcask.engine.training.provenance.chain import trace
 from logitcask.engine.workers.worker import Worker
+from tests.engine.distill.small_loop import ROUNDS, UPDATES, configure
 from tests.engine.distill.test_roles import Killed, follow, metrics, one_each
 from tests.engine.tiny import make_model, save_folder
 
-ROUNDS, UPDATES = 4, 2
 CONTEXT = """teacher_kind = "context"
 prompt_template = "t.txt"
 """
@@ -80,11 +80,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fixed = TOML.replace(CONTEXT, "").replace('follow = "student"', 'model = "student"')
     (path / "fixed.toml").write_text(fixed)
     return path
-
-
-def configure(models: Path, into: Path, *changes: str, file: str = "d.toml") -> RunConfig:
-    places = (f"store.url={into / 'store'}", f"run.out={into / 'out'}")
-    return read_toml(models / file, [*places, *changes])
 
 
 def teachers_of(into: Path) -> dict[tuple[int, int], dict[str, Any]]:

@@ -36,7 +36,8 @@ from logitcask.engine.workers.ray.cluster import connected, options_of, resource
 from logitcask.engine.workers.ray.drive import check_room, run_roles
 from logitcask.engine.workers.ray.pool import Role
 from tests.engine.commands.test_worker import here, rolls, scores
-from tests.engine.distill.test_roles import configure, models, units_of
+from tests.engine.distill.small_loop import configure
+from tests.engine.distill.test_roles import models, units_of
 from tests.engine.store.made import key
 from tests.engine.workers.ray.toy import UNITS, begun, open_toy
 
