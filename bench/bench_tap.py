@@ -3,9 +3,10 @@
 A scripted server answers N sequences of L tokens with K log-probs a position, rendered before the
 clock starts. A tap in a process of its own stands before it; 8 requests are in flight. Figures are
 of the tap's CPU seconds, so other load on the machine changes them little: `hit` = from records,
-`new` = from the server, parsed, checked and written. The peer is the prototype of the tap on this
-kind of machine, which rendered every answer entry by entry: 57 to 71 hits a core-second at K = 8,
-10.7 to 11.5 at K = 64, both at L = 1024.
+`new` = from the server, parsed, checked and written. Memory is of the tap's process: before the
+first request, and its peak after each part (Linux only). The peer is the prototype of the tap on
+this kind of machine, which rendered every answer entry by entry: 57 to 71 hits a core-second at
+K = 8, 10.7 to 11.5 at K = 64, both at L = 1024.
 
     python bench/bench_tap.py
     python bench/bench_tap.py --tokens 256 --k 8 --sequences 50
@@ -135,6 +136,15 @@ async def send_all(url: str, bodies: list[bytes], expected: str) -> int:
         return sum(await asyncio.gather(*map(send, bodies)))
 
 
+def memory_mb(process: int, kind: str) -> float | None:
+    """Return VmRSS or VmHWM (the peak) of a process in MB; None where the system has no /proc."""
+    status = Path(f"/proc/{process}/status")
+    if not status.exists():
+        return None
+    lines = dict(each.split(":", 1) for each in status.read_text().splitlines())
+    return int(lines[kind].split()[0]) / 1024
+
+
 async def cpu_seconds(url: str) -> float:
     """Return the CPU seconds of the tap so far."""
     async with aiohttp.ClientSession() as http, http.get(f"{url}/_tap") as response:
@@ -158,6 +168,8 @@ def measure(tokens: int, k: int, sequences: int) -> dict[str, Any]:
         tap.start()
         url = ready.get(timeout=120)
         try:
+            assert tap.pid is not None
+            row["idle, MB"] = memory_mb(tap.pid, "VmRSS")
             for name, source in (("new", "new"), ("hit", "hit"), ("hit again", "hit")):
                 before, begun_s = asyncio.run(cpu_seconds(url)), time.monotonic()
                 size = asyncio.run(send_all(url, bodies, source))
@@ -165,6 +177,7 @@ def measure(tokens: int, k: int, sequences: int) -> dict[str, Any]:
                 row[f"{name}, requests a core-second"] = sequences / took_s
                 row[f"{name}, positions a core-second"] = sequences * (tokens - 1) / took_s
                 row[f"{name}, requests a second"] = sequences / (time.monotonic() - begun_s)
+                row[f"{name}, peak MB"] = memory_mb(tap.pid, "VmHWM")
                 row["bytes of an answer"] = size // sequences
         finally:
             for process in (tap, teacher):
