@@ -6,7 +6,8 @@ The newest row of each section counts. Only the text between `<!-- NAME -->` and
 replaced. The picture frontier.svg needs matplotlib; --no-frontier leaves it out. The kernels'
 tables come from report_kernels.py, those of the demo and the ablation from report_ablate.py, that
 of the real student from report_real.py, that of many workers from report_scale.py, those of the
-loops from report_pipeline.py, that of the tap from report_tap.py.
+loops from report_pipeline.py, that of import and export from report_exchange.py, that of the tap
+from report_tap.py.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Callable
 
 import report_ablate
+import report_exchange
 import report_kernels
 import report_peers
 import report_pipeline
@@ -59,7 +61,7 @@ def tables() -> dict[str, str]:
     made = {name: table(newest) for name, table in TABLES.items()}
     others = (
         *(report_kernels, report_ablate, report_real, report_scale, report_pipeline),
-        *(report_peers, report_tap),
+        *(report_peers, report_exchange, report_tap),
     )
     for each in others:
         made |= each.tables()

@@ -40,6 +40,7 @@ def test_every_script_is_in_this_test() -> None:
             for name in ("ablate", "cli", "demo", "kernels", "real", "scale", "soak", "store")
         ),
         *(
+            "bench_exchange.py",
             "bench_pipeline.py",
             "bench_real.py",
             "bench_teachers.py",
