@@ -91,7 +91,7 @@ def test_a_student_trains_from_the_scores_of_a_served_teacher(
 def test_scores_from_sglang_are_those_from_vllm(
     call: Call, world: World, fake: FakeServer, model: Any
 ) -> None:
-    """The same weights are one teacher, whichever of the two serves them."""
+    """Serve the same weights from both: they are one teacher."""
     found = []
     with FakeSGLang(model, tokenizer=make_tokenizer()) as sglang:
         for server in (fake, sglang):
