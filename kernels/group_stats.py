@@ -33,15 +33,11 @@ from logitcask.kernels.launch import (
     next_power_of_2,
     num_warps,
     on_device,
-    row_chunks,
     runs_triton,
 )
 from logitcask.kernels.logit_transform import LOG2E
 from logitcask.kernels.row_stats import RowStats
 from logitcask.kernels.topk_select import group_size, read_groups, select_rows
-
-CPU_CHUNK = 1 << 17
-"""Logits per torch chunk on a CPU: with two copies they stay in a core's own cache."""
 
 FLOOR = -1e4
 """Least y: exp(y) = 0 and y exp(y) = 0, where -inf would give NaN."""
@@ -87,13 +83,11 @@ class GroupStats(NamedTuple):
         listed[row, ids // self.width] = True
         row, group = listed.nonzero().unbind(1)
         top, mass = self.top.clone(), self.mass.clone()
-        step = max(1, len(row) if logits.is_cuda else CPU_CHUNK // self.width)
-        for part in row_chunks(len(row), step):
-            at = row[part], group[part]
-            z = read_groups(logits, *at, self.width).to(top.dtype)
+        if len(logits):
+            z = read_groups(logits, row, group, self.width).to(top.dtype)
             best = z.amax(1)
-            top[at] = best
-            mass[at] = z.sub_(_shift(best)[:, None]).exp_().sum(1)
+            top[row, group] = best
+            mass[row, group] = z.sub_(_shift(best)[:, None]).exp_().sum(1)
         best = top.amax(1, keepdim=True)
         w = top.sub_(_shift(best)).clamp_(min=FLOOR).exp_()
         return best[:, 0] + (w * mass).sum(1).log()
@@ -108,7 +102,7 @@ def group_stats_reference(logits: Tensor, width: int) -> GroupStats:
     """Return group_stats in whole-tensor torch: its specification."""
     z = logits.to(compute_dtype(logits.dtype))
     z = torch.nn.functional.pad(z, (0, -z.shape[1] % width), value=-torch.inf)
-    z = z.view(len(z), -1, width)
+    z = z.view(len(z), z.shape[1] // width, width)
     top = z.amax(2)
     y = z - _shift(top)[..., None]
     moment = torch.where(y == -torch.inf, 0.0, y * y.exp())
@@ -151,7 +145,8 @@ def group_kernel(  # type: ignore[no-untyped-def]
 
 def scan_groups(logits: Tensor, width: int) -> GroupStats:
     """Compute group_stats of [P, V] logits without checks, for groups of `width` logits."""
-    return (_scan_triton if runs_triton(logits) else _scan_torch)(logits, width)
+    # A CPU scores by listed_stats, which needs no groups.
+    return (_scan_triton if runs_triton(logits) else group_stats_reference)(logits, width)
 
 
 def _scan_triton(logits: Tensor, width: int) -> GroupStats:
@@ -176,32 +171,6 @@ def _scan_triton(logits: Tensor, width: int) -> GroupStats:
                 **compile_options("group_kernel", logits),
             )
     return GroupStats(width, *found)
-
-
-def _scan_torch(logits: Tensor, width: int) -> GroupStats:
-    n_rows, n_vocab = logits.shape
-    n_whole = n_vocab // width
-    dtype = compute_dtype(logits.dtype)
-    found = logits.new_empty(3, n_rows, -(-n_vocab // width), dtype=dtype)
-    for rows in row_chunks(n_rows, max(1, CPU_CHUNK // n_vocab)):
-        z, out = logits[rows].to(dtype), found[:, rows]
-        whole = z[:, : n_whole * width].view(len(z), n_whole, width)
-        _groups_torch(whole, *out[:, :, :n_whole])
-        if n_whole * width < n_vocab:
-            _groups_torch(z[:, None, n_whole * width :], *out[:, :, n_whole:])
-    return GroupStats(width, *found)
-
-
-def _groups_torch(z: Tensor, top: Tensor, mass: Tensor, moment: Tensor) -> None:
-    """Write the statistics [C, N] of C x N groups of logits [C, N, width]."""
-    torch.amax(z, -1, out=top)
-    y = z - _shift(top)[..., None]
-    e = y.exp()
-    torch.sum(e, -1, out=mass)
-    torch.sum(y.mul_(e), -1, out=moment)
-    if moment.isnan().any():  # -inf times 0, or a NaN or +inf logit, which stays
-        y = (z - _shift(top)[..., None]).clamp_(min=FLOOR)
-        torch.sum(y.mul_(e), -1, out=moment)
 
 
 def group_stats(logits: Tensor, k: int) -> GroupStats:

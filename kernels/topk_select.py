@@ -257,6 +257,10 @@ def select_arguments(
 
 def _select_torch(z: Tensor, group_max: Tensor | None, k: int, group: int) -> tuple[Tensor, Tensor]:
     """Return the top-k of z [C, V]: all logits from the k-th best maximum on, sorted."""
+    if group_max is None and k < z.shape[1]:
+        values, ids = z.topk(k + 1)
+        if bool((values[:, 1:] < values[:, :-1]).all()):  # without equals there is one order
+            return values[:, :k], ids[:, :k]
     best = z if group_max is None else group_max[:, : -(-z.shape[1] // group)]
     edge = best.topk(k, sorted=False).values.amin(1)
     # Not `>=`: of a row with a NaN more stays, and k ids are found. Row by row, lowest id first.
@@ -265,25 +269,27 @@ def _select_torch(z: Tensor, group_max: Tensor | None, k: int, group: int) -> tu
         values = z[row, ids]
     else:
         found = read_groups(z, row, ids, group)  # [N, group]
-        flat = nonzero_bytes(~(found < edge[row, None]))
+        flat = nonzero_bytes(torch.lt(found, edge.index_select(0, row)[:, None]).logical_not_())
         at = flat // group
-        row, ids = row[at], ids[at] * group + flat % group
+        row = row.index_select(0, at)
+        ids = ids.index_select(0, at).mul_(group).add_(flat).sub_(at.mul_(group))
         values = found.view(-1).index_select(0, flat)
     count = row.bincount(minlength=len(z))
-    if int(count.max()) > 4 * k:  # a row may be constant: of equal logits the first k are enough
+    width = int(count.max())
+    if width > 4 * k:  # a row may be constant: of equal logits the first k are enough
         at_edge = (values == edge[row]).long()
         rank = at_edge.cumsum(0) - at_edge
         enough = (at_edge == 0) | (rank - rank[count.cumsum(0) - count][row] < k)
         row, ids, values = row[enough], ids[enough], values[enough]
         count = row.bincount(minlength=len(z))
-    shape = (len(z), int(count.max()))
-    slot = torch.arange(len(row), device=z.device) - (count.cumsum(0) - count)[row]
-    # Padding comes after every id, so it wins no tie.
-    at = row * shape[1] + slot
-    ordered = values.new_full(shape, -torch.inf)
+        width = int(count.max())
+    # Row r's logits go to [r, 0 ...] of a matrix. Padding comes after every id, so it wins no tie.
+    shift = torch.arange(0, len(z) * width, width, device=z.device) - (count.cumsum(0) - count)
+    at = torch.arange(len(row), device=z.device) + shift.index_select(0, row)
+    ordered = values.new_full((len(z), width), -torch.inf)
     ordered.view(-1).index_copy_(0, at, values)
     ordered, order = ordered.sort(dim=1, descending=True, stable=True)
-    all_ids = ids.new_zeros(shape)
+    all_ids = ids.new_zeros(ordered.shape)
     all_ids.view(-1).index_copy_(0, at, ids)
     return ordered[:, :k], all_ids.gather(1, order[:, :k])
 
@@ -295,7 +301,7 @@ def nonzero_bytes(mask: Tensor) -> Tensor:
     """
     word = mask.view(torch.int64).view(-1).nonzero()[:, 0]
     at, bit = mask.view(-1, 8).index_select(0, word).nonzero().unbind(1)
-    return word[at] * 8 + bit
+    return word.index_select(0, at).mul_(8).add_(bit)
 
 
 def read_groups(z: Tensor, row: Tensor, group: Tensor, width: int) -> Tensor:
@@ -305,7 +311,7 @@ def read_groups(z: Tensor, row: Tensor, group: Tensor, width: int) -> Tensor:
     short = z[:, whole * width :]
     if not whole:
         return torch.nn.functional.pad(short[row], (0, width - n_vocab), value=-torch.inf)
-    # Windows on the memory of z: rows of them are copied, which is faster than single logits.
+    # Windows on the memory of z: copies of them are faster than of single logits.
     last = (len(z) - 1) * stride + n_vocab - width
     windows = z.as_strided((last + 1, width), (1, 1))
     found = windows.index_select(0, (row * stride + group * width).clamp_(max=last))

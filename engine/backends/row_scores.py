@@ -1,7 +1,7 @@
 """Scores of rows from their logits, in float32 and never as [T, V].
 
 Each chunk of rows gives log-prob of the sampled token, entropy, the kept list, log-probs at extra
-ids, and the exact log mass of all other ids, all from one read of the same logits.
+ids, and the exact log mass of all other ids, all from the same logits.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from logitcask.engine.errors import ModelError
 from logitcask.engine.types import Array, IdLists, Rollouts, ScoreParams, Scores
-from logitcask.kernels.group_stats import group_stats
+from logitcask.kernels.listed_stats import ListedStats, listed_stats
 
 
 def take_ranges(starts: Array, counts: Array) -> Array:
@@ -55,24 +55,42 @@ def score_rows(
     """
     drawn = request.entry_kind == "sampled"
     k = 1 if drawn else min(request.k_max, logits.shape[1])
-    groups = group_stats(logits, k)
-    log_sum_exp, entropy = groups.row_stats()
-    lp = logits.gather(1, token[:, None])[:, 0] - log_sum_exp
-    at = logits[extra_row, extra_ids] - log_sum_exp[extra_row]
+    token_logit, at = logits.gather(1, token[:, None])[:, 0], logits[extra_row, extra_ids]
+    listed = extra_row, extra_ids
     if drawn:
         assert uniforms is not None, "drawing needs uniform numbers"
         cnt, ids, mult = _drawn(logits, uniforms)
         values = logits.gather(1, ids)
-    else:
-        values, ids = groups.topk(logits, k)
-        cnt, mult = _kept(values - log_sum_exp[:, None], request), torch.ones_like(ids)
-    kept = torch.arange(ids.shape[1], device=logits.device) < cnt[:, None]
-    row, column = kept.nonzero().unbind(1)
-    log_tail = groups.log_mass_outside(
-        logits, torch.cat([row, extra_row]), torch.cat([ids[row, column], extra_ids])
+        row, column = (mult > 0).nonzero().unbind(1)
+        listed = torch.cat([extra_row, row]), torch.cat([extra_ids, ids[row, column]])
+    found = listed_stats(logits, k, *listed)
+    log_sum_exp = found.log_sum_exp
+    if not drawn:
+        values, ids, mult = found.values, found.top_ids, torch.ones_like(found.top_ids)
+        cnt = _kept(values - log_sum_exp[:, None], request)
+    # The top-k are not outside, so those that the row does not keep are added.
+    kept = (
+        torch.arange(k, device=logits.device) < (torch.zeros_like(cnt) if drawn else cnt)[:, None]
     )
-    entry_lp = values - log_sum_exp[:, None]
-    return RowScores(lp, entropy, log_tail - log_sum_exp, cnt, ids, entry_lp, at, mult)
+    log_tail = found.log_outside if kept.all() else _log_tail(logits, found, kept, *listed)
+    return RowScores(
+        token_logit - log_sum_exp,
+        found.entropy,
+        log_tail - log_sum_exp,
+        cnt,
+        ids,
+        values - log_sum_exp[:, None],
+        at - log_sum_exp[extra_row],
+        mult,
+    )
+
+
+def _log_tail(logits: Tensor, found: ListedStats, kept: Tensor, row: Tensor, ids: Tensor) -> Tensor:
+    """Return [R] the log mass outside of the top-k that are kept [R, k] and of the listed ids."""
+    logits.scatter_(1, found.top_ids, found.values)
+    logits[row, ids] = -torch.inf
+    dropped = logits.gather(1, found.top_ids).masked_fill_(kept, -torch.inf)
+    return torch.logaddexp(found.log_outside, dropped.logsumexp(1))
 
 
 def _kept(log_p: Tensor, request: ScoreParams) -> Tensor:
