@@ -7,7 +7,7 @@ replaced. The picture frontier.svg needs matplotlib; --no-frontier leaves it out
 tables come from report_kernels.py, those of the demo and the ablation from report_ablate.py, that
 of the real student from report_real.py, that of many workers from report_scale.py, those of the
 loops from report_pipeline.py, that of import and export from report_exchange.py, that of the tap
-from report_tap.py.
+from report_tap.py, that of scores of rows from report_scoring.py.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import report_peers
 import report_pipeline
 import report_real
 import report_scale
+import report_scoring
 import report_tap
 import results
 from report_pages import fill_pages, markdown
@@ -61,7 +62,7 @@ def tables() -> dict[str, str]:
     made = {name: table(newest) for name, table in TABLES.items()}
     others = (
         *(report_kernels, report_ablate, report_real, report_scale, report_pipeline),
-        *(report_peers, report_exchange, report_tap),
+        *(report_peers, report_exchange, report_scoring, report_tap),
     )
     for each in others:
         made |= each.tables()
