@@ -36,7 +36,7 @@ CPU_CHUNK = 1 << 17
 """Logits per torch chunk on a CPU: with two copies they stay in a core's own cache."""
 
 LEAST = -87.0
-"""Least y: exp(y) is nothing beside the sum, which has a term of 1, and still a normal number. CPUs
+"""Least y: exp(y) is nothing next to the sum, which has a term of 1, and still a normal number. CPUs
 take 20 times as long for exponentials that are none."""
 
 
