@@ -36,8 +36,8 @@ CPU_CHUNK = 1 << 17
 """Logits per torch chunk on a CPU: with two copies they stay in a core's own cache."""
 
 LEAST = -87.0
-"""Least y: exp(y) is nothing next to the sum, which has a term of 1, and still a normal number. CPUs
-take 20 times as long for exponentials that are none."""
+"""Least y: exp(y) is nothing next to a sum with a term of 1, and still a normal number, which takes
+a CPU a twentieth of the time of one that is not."""
 
 
 class ListedStats(NamedTuple):
