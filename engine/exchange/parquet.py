@@ -5,7 +5,7 @@ from what is in it: the same call resumes, and makes nothing twice.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -68,21 +68,57 @@ def export_parquet(
     target exists; IdentityError for another tokenizer than the student's; StoreError where the
     target cannot be written.
     """
-    arrow, parquet = need("pyarrow"), need("pyarrow.parquet")
+    arrow = need("pyarrow")
     snapshot = store.head() if snapshot is None else snapshot
     selection = select(snapshot, rollouts=rollouts, teacher=teacher)
     loaded = None if tokenizer is None else _tokenizer(tokenizer, selection)
-    single = target.suffix == SUFFIX
     with_text = loaded is not None
-    names = [_file_name(selection, i, with_text) for i in range(len(selection.segments))]
+    names = [
+        file_name(selection, index, list(COLUMNS), with_text)
+        for index in range(len(selection.segments))
+    ]
+    schema = _schema(arrow, with_text)
+    texts: dict[int, str] = {}
+
+    def tables(index: int) -> Iterator[Any]:
+        for block in blocks(store, selection, index):
+            yield _table(arrow, schema, block, loaded, texts)
+
+    written = write_files(target, names, schema, tables, force=force, progress=progress)
+    return report_of(selection, snapshot, written)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """The files of an export."""
+
+    paths: tuple[Path, ...]
+    there: int
+    """Files of an earlier call."""
+
+
+def write_files(
+    target: Path,
+    names: Sequence[str],
+    schema: Any,
+    tables: Callable[[int], Iterator[Any]],
+    *,
+    force: bool,
+    progress: Progress,
+) -> Written:
+    """Write the tables of segments into a file, or into a folder a file for each segment.
+
+    names: file names of the segments; tables: index of a segment -> its Arrow tables of `schema`.
+    Raises ConfigError where the target exists, StoreError where it cannot be written.
+    """
+    parquet = need("pyarrow.parquet")
+    single = target.suffix == SUFFIX
     if single:
         _check_file(target, force)
         parts = {target: list(range(len(names)))}
     else:
         _check_folder(target, names)
         parts = {target / name: [i] for i, name in enumerate(names)}
-    schema = _schema(arrow, with_text)
-    texts: dict[int, str] = {}
     there, done = 0, 0
     for path, indices in parts.items():
         if not single and path.exists():
@@ -94,8 +130,8 @@ def export_parquet(
                 with parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
                     for index in indices:
                         progress("export", done + (index if single else 0), len(names))
-                        for block in blocks(store, selection, index):
-                            writer.write_table(_table(arrow, schema, block, loaded, texts))
+                        for table in tables(index):
+                            writer.write_table(table)
                 flush(temporary)
                 os.replace(temporary, path)
             except OSError as error:
@@ -108,14 +144,19 @@ def export_parquet(
                     temporary.unlink(missing_ok=True)
         done += len(indices)
     progress("export", len(names), len(names))
+    return Written(paths=tuple(parts), there=there)
+
+
+def report_of(selection: Selection, snapshot: Snapshot, written: Written) -> ExportReport:
+    """Return the counts of an export."""
     return ExportReport(
         rollouts=selection.rollouts,
         teacher=selection.teacher or "",
         log_number=snapshot.number,
-        files=len(parts),
-        there=there,
+        files=len(written.paths),
+        there=written.there,
         positions=sum(each.counts["P"] for each, _ in selection.segments),
-        bytes=sum(path.stat().st_size for path in parts),
+        bytes=sum(path.stat().st_size for path in written.paths),
     )
 
 
@@ -129,11 +170,14 @@ def need(package: str) -> Any:
         ) from error
 
 
-def _file_name(selection: Selection, index: int, with_text: bool) -> str:
-    """Return the name of a segment's file: everything that its rows depend on is in it."""
+def file_name(selection: Selection, index: int, *form: Any) -> str:
+    """Return the name of a segment's file: everything that its rows depend on is in it.
+
+    form: the columns, and what else decides their values.
+    """
     segment, scores = selection.segments[index]
     names = [selection.rollouts, selection.teacher or "", [each.seg_id for each in scores]]
-    content = digest([*names, selection.first[index], segment.unit_key, list(COLUMNS), with_text])
+    content = digest([*names, selection.first[index], segment.unit_key, *form])
     return f"{segment.seg_id}-{content.removeprefix('sha256:')[:16]}{SUFFIX}"
 
 
@@ -144,7 +188,7 @@ def _check_file(target: Path, force: bool) -> None:
         )
 
 
-def _check_folder(folder: Path, names: list[str]) -> None:
+def _check_folder(folder: Path, names: Sequence[str]) -> None:
     """Raise ConfigError where a folder has Parquet files of another export."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is no folder", hint=f"give a folder, or a file *{SUFFIX}")

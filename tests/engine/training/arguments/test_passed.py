@@ -1,6 +1,8 @@
 """Optimizers and fields of [train.args]: tried before a load, exact in training."""
 
 import json
+import re
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Train
 from logitcask.engine.errors import ConfigError, IdentityError, StoreError
 from logitcask.engine.store import Store
+from logitcask.engine.training.arguments import hub
 from logitcask.engine.training.run import TrainReport
 from logitcask.engine.training.settings import settings_record, training_arguments
 from logitcask.engine.training.train import NO_LORA, train
@@ -140,7 +143,18 @@ def test_the_finished_folder_is_pushed_and_nothing_before(
         if not online["upload"]:
             raise OSError("the line is cut")
         names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
-        assert {"logitcask.json", "model.safetensors"} <= names, "it is proved and complete"
+        whole = {
+            "logitcask.json",
+            "model.safetensors",
+            "config.json",
+            "tokenizer.json",
+            "README.md",
+        }
+        assert whole <= names, "it is proved and complete"
+        assert (out / "README.md").read_text().startswith("---\nlibrary_name: transformers\n")
+        page = Path(hub.__file__).parents[1] / "README.md"
+        by_hand = re.findall(r"^hf upload .*? --exclude (.*)$", page.read_text(), re.MULTILINE)
+        assert [shlex.split(each) for each in by_hand] == [options["ignore_patterns"]]
         assert options["ignore_patterns"] == [
             *("checkpoints/*", "tensorboard/*", "versions/*", "logs/*", "timeline/*"),
             *(".*", "run.json", "teacher.json"),
