@@ -53,7 +53,7 @@ def export_command(
     from logitcask.engine.commands.resolve import snapshot_of
     from logitcask.engine.errors import ConfigError
     from logitcask.engine.exchange.parquet import export_parquet
-    from logitcask.engine.exchange.trainers import export_trainer
+    from logitcask.engine.exchange.scored.trainers import export_trainer
     from logitcask.engine.store import open_store
 
     if kind == "parquet" and k is not None:

@@ -11,6 +11,8 @@ from logitcask.engine.exchange.adopt import ImportReport, adopt, survey
 from logitcask.engine.exchange.adopt_recorded import adopt_recorded
 from logitcask.engine.exchange.files import TEXT, Files
 from logitcask.engine.exchange.recorded import TAP, survey_recorded
+from logitcask.engine.exchange.scored.files import AXOLOTL
+from logitcask.engine.exchange.scored.rows import TeacherScores
 from logitcask.engine.models import identity
 from logitcask.engine.prompts.prompts import load_tokenizer
 from logitcask.engine.prompts.templates import Rendering
@@ -33,7 +35,7 @@ def run_import(
     if settings.format == TAP:
         return _import_recorded(config, progress, on_event)
     path = identity.resolve_model(config.student.model, config.student.revision)
-    tokenizer, is_text = load_tokenizer(path), settings.format == TEXT
+    tokenizer, is_text = load_tokenizer(path), settings.format in (TEXT, AXOLOTL)
     n_vocab, stop_ids = identity.vocabulary(path, identity.read_config(path), tokenizer)
     paths = [Path(each) for each in settings.files]
     files = Files(paths, settings.format, tokenizer, stop_ids, last=settings.turns == "last")
@@ -56,6 +58,8 @@ def run_import(
             "the files do not have the log-prob of every token that counts, so the distribution "
             "of the draws is unknown: objectives that rest on draws will be refused"
         )
+    for text in [] if contents.teacher is None else contents.teacher.lines():
+        on_event(text)
     rendering = Rendering(chat_template=is_text and bool(tokenizer.chat_template))
     model = identity.model_ref(
         config.student.model,
@@ -63,6 +67,16 @@ def run_import(
         chat_template=rendering.chat_template,
         tokenizer=tokenizer,
     )
+    source = {"format": settings.format, "file": paths[0].name, "text": is_text}
+    teacher = None
+    if settings.teacher is not None and contents.teacher is not None:
+        teacher = TeacherScores(
+            name=settings.teacher,
+            files=contents.digest,
+            student=model,
+            counts=contents.teacher,
+            source=source,
+        )
     # Only now: a rejected file leaves no empty store behind.
     store, scorer = open_store(config.store.url, create=True), backend(model, config.run)
     try:
@@ -76,8 +90,9 @@ def run_import(
             student_k=settings.student_topk,
             unit_positions=settings.unit_positions,
             profile=config.store.profile,
-            source={"format": settings.format, "file": paths[0].name, "text": is_text},
+            source=source,
             extra=rendering.record(),
+            teacher=teacher,
             progress=progress,
         )
     finally:

@@ -78,12 +78,28 @@ class Import(Section):
     files: tuple[str | Path, ...] = Field(
         description="Files, or folders of JSONL files; with tap the store of a tap."
     )
-    format: Literal["neutral", "text", "nemo-gym", "nemo-rl", "prime-rl", "vllm", "tap"] = Field(
+    format: Literal[
+        "neutral",
+        "text",
+        "nemo-gym",
+        "nemo-rl",
+        "prime-rl",
+        "vllm",
+        "tap",
+        "axolotl",
+        "distillkit",
+    ] = Field(
         description="Program that wrote them: neutral = prompt_ids and response_ids; text = "
         "messages, ShareGPT, or prompt and completion, tokenized by the student's tokenizer; "
         "nemo-gym = *.tokens.jsonl; nemo-rl = train_data_step*.jsonl; prime-rl = traces.jsonl or "
         "token_exports; vllm = output of run-batch with return_token_ids; tap = a store of "
-        "`logitcask tap`, whose teacher's scores are taken over too.",
+        "`logitcask tap`, whose teacher's scores are taken over too; axolotl, distillkit = texts "
+        "with log-probs of a teacher.",
+    )
+    teacher: Name | None = Field(
+        None,
+        validate_default=True,
+        description="With axolotl and distillkit: name of the scores that the files hold.",
     )
     turns: Literal["all", "last"] = Field(
         "all",
@@ -134,6 +150,14 @@ class Import(Section):
     def _divided_by_commas(cls, ids: Any) -> Any:
         """Split the text of a flag."""
         return [each for each in ids.split(",") if each.strip()] if isinstance(ids, str) else ids
+
+    @field_validator("teacher")
+    @classmethod
+    def _of_scores(cls, teacher: str | None, info: ValidationInfo) -> str | None:
+        if (teacher is not None) != (info.data.get("format") in ("axolotl", "distillkit")):
+            rule = "be given with" if teacher is None else "be left out with all but"
+            raise ValueError(f"must {rule} axolotl and distillkit, whose files hold scores")
+        return teacher
 
     @field_validator("turns")
     @classmethod

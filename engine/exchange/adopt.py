@@ -18,6 +18,7 @@ from logitcask.engine.backends.base import Scorer
 from logitcask.engine.errors import IdentityError, IntegrityError, PromptError
 from logitcask.engine.exchange.files import Files
 from logitcask.engine.exchange.imported import Imported
+from logitcask.engine.exchange.scored.rows import TeacherCounts, TeacherScores
 from logitcask.engine.models.identity import digest
 from logitcask.engine.rollout.unit import LOGPROB, scored
 from logitcask.engine.store import Segment, Store
@@ -73,6 +74,8 @@ class Contents:
     """All log-probs of the draws are known."""
     rewards: bool = True
     """All sequences have a reward."""
+    teacher: TeacherCounts | None = None
+    """Of formats that have a teacher's log-probs."""
 
     @property
     def digest(self) -> str:
@@ -89,6 +92,7 @@ def survey(
     context, a reward outside of [0, 1] (where `rewards` are kept), and a prompt id that has two
     prompts.
     """
+    teacher: TeacherCounts | None = None
     prompts: dict[str, bytes] = {}
     units: list[tuple[int, int, str]] = []
     sequences = positions = counted = longest = first = 0
@@ -103,8 +107,12 @@ def survey(
                 counted, longest = counted + sum(each.mask), max(longest, len(each.response))
                 behavior = behavior and each.logprobs is not None
                 rewarded = rewarded and each.reward is not None
+                if each.teacher is not None:
+                    (teacher := teacher or TeacherCounts(n_vocab)).add(each)
         units.append((first, len(unit), _digest(unit)))
         first += len(unit)
+    if teacher is not None:
+        teacher.check()
     return Contents(
         units=units,
         sequences=sequences,
@@ -114,6 +122,7 @@ def survey(
         samples=samples.pop() if len(samples) == 1 else 0,
         behavior=behavior,
         rewards=rewarded and rewards,
+        teacher=teacher,
     )
 
 
@@ -171,11 +180,13 @@ def adopt(
     profile: str,
     source: Mapping[str, Any],
     extra: Mapping[str, Any],
+    teacher: TeacherScores | None = None,
     progress: Progress = no_progress,
 ) -> ImportReport:
     """Score the sequences with the student, and commit the units that the store does not hold yet.
 
-    contents: of `survey`. source: format and file, recorded. extra: more provenance. Raises
+    contents: of `survey`. source: format and file, recorded. extra: more provenance. teacher: of
+    the log-probs that the files have; each unit's are committed as its scores. Raises
     IdentityError where the name holds other rollouts, IntegrityError where the files have changed
     since `survey`.
     """
@@ -194,7 +205,10 @@ def adopt(
     )
     store.check_name("rollout", name, provenance, drawn=False)
     keys = [_key(contents, model, first, count, student_k) for first, count, _ in contents.units]
-    committed = committed_units(store, keys, name)
+    committed = set(committed_units(store, keys, name))
+    if teacher is not None:
+        known = store.head().unit_keys()
+        committed &= {key for key in keys if teacher.key(key) in known}
     done_before = len(committed)
     done, new_positions = done_before, 0
     for number, unit in enumerate(in_units(files(), unit_positions)):
@@ -208,7 +222,7 @@ def adopt(
         first, count, _ = contents.units[number]
         rollouts = _rollouts(unit, model, contents)
         report = unit_report(progress, "import", done, len(keys), new_positions)
-        store.commit_rollouts(
+        segment = store.commit_rollouts(
             with_student(rollouts, scorer, student_k, report),
             name=name,
             unit_key=keys[number],
@@ -216,6 +230,9 @@ def adopt(
             provenance=provenance,
             profile=profile,
         )
+        if teacher is not None:
+            sequences = [each for group in unit for each in group]
+            teacher.commit(store, segment, sequences, key=keys[number], profile=profile)
         done, new_positions = done + 1, new_positions + rollouts.positions
     progress("import", len(keys), len(keys), Detail(new_positions))
     took_s = time.monotonic() - begun_s

@@ -1,8 +1,9 @@
 """Files of other programs -> their sequences, one after the other."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,12 @@ from logitcask.engine.errors import PromptError
 from logitcask.engine.exchange.chat import TextReader
 from logitcask.engine.exchange.formats import FORMATS, Reader, one_each
 from logitcask.engine.exchange.imported import Imported
+from logitcask.engine.exchange.scored.files import (
+    AXOLOTL,
+    DISTILLKIT,
+    read_axolotl,
+    read_distillkit,
+)
 from logitcask.engine.prompts.lines import Line
 from logitcask.engine.prompts.source import no_file, open_source
 
@@ -31,11 +38,12 @@ class Files:
         *,
         last: bool = False,
     ) -> None:
-        """Find the files. format: a key of FORMATS, or TEXT; last: see TextReader.
+        """Find the files. format: a key of FORMATS, or one of the others; last: as TextReader.
 
         Raises PromptError for a path that is not there, and for a folder without files.
         """
-        self._files = [file for path in paths for file in files_in(path)]
+        suffix = ".parquet" if format == DISTILLKIT else ".jsonl"
+        self._files = [file for path in paths for file in files_in(path, suffix)]
         self._format, self._tokenizer, self._stops, self._last = format, tokenizer, stop_ids, last
         self.left_out = 0
         """Sequences of the newest call without a token that counts."""
@@ -43,6 +51,13 @@ class Files:
     def __call__(self) -> Iterator[Imported]:
         """Yield the sequences; raises PromptError at the first invalid line."""
         self.left_out = 0
+        if self._format == DISTILLKIT:
+            yield from self._counted(each for file in self._files for each in read_distillkit(file))
+            return
+        if self._format == AXOLOTL:
+            with closing(TextReader(self._tokenizer, self._stops, last=True)) as reader:
+                yield from self._read(one_each(partial(read_axolotl, reader=reader)))
+            return
         if self._format != TEXT:
             yield from self._read(FORMATS[self._format])
             return
@@ -50,11 +65,7 @@ class Files:
             yield from self._read(one_each(reader.read))
 
     def _read(self, reader: Reader) -> Iterator[Imported]:
-        for found in reader(self._lines()):
-            if found is None:
-                self.left_out += 1
-            else:
-                yield found
+        yield from self._counted(reader(self._lines()))
 
     def _lines(self) -> Iterator[Line]:
         for file in self._files:
@@ -65,10 +76,21 @@ class Files:
             except OSError as error:
                 raise no_file(file, error) from error
 
+    def _counted(self, found: Iterable[Imported | None]) -> Iterator[Imported]:
+        """Yield the sequences, and count those left out."""
+        for each in found:
+            if each is None:
+                self.left_out += 1
+            else:
+                yield each
 
-def files_in(path: Path) -> list[Path]:
-    """Return a path, or the JSONL files below a folder that has some, by their numbers."""
-    if path.is_dir() and (found := [each for each in path.rglob("*.jsonl") if each.is_file()]):
+
+def files_in(path: Path, suffix: str = ".jsonl") -> list[Path]:
+    """Return a path, or the files below a folder that has some, by their numbers.
+
+    suffix: .jsonl or .parquet.
+    """
+    if path.is_dir() and (found := [each for each in path.rglob(f"*{suffix}") if each.is_file()]):
         return sorted(found, key=lambda each: _numbered(str(each)))
     return [path]
 

@@ -3,16 +3,44 @@
 `formats.py` reads the files of each program into this form, and `adopt.py` commits it.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from logitcask.engine.models.identity import digest
 from logitcask.engine.prompts.lines import Line, kind
+from logitcask.engine.types import Array
 
 _ROUNDING = 1e-2
 """Nats by which a log-prob may be above 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TeacherRows:
+    """A teacher's best ids for the R tokens of a response, flat, rows ragged."""
+
+    lp: Array
+    """[R] float32, log-prob of the token, nats; NaN where it is not among the ids."""
+    cnt: Array
+    """[R] uint16, ids of each row."""
+    ids: Array
+    """[E] uint32, best first."""
+    entry_lp: Array
+    """[E] float32, their log-probs."""
+    rescaled: int
+    """Rows that were divided by their sum, as their rounded masses were above 1."""
+    exact: bool
+    """False for log-probs that the format rounds."""
+
+    def digest(self) -> str:
+        """Return the digest of all arrays."""
+        arrays = (self.lp, self.cnt, self.ids, self.entry_lp)
+        data = b"".join(np.ascontiguousarray(each).tobytes() for each in arrays)
+        return hashlib.sha256(data).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,13 +64,16 @@ class Imported:
     answer: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Other keys, which stay with the prompt."""
+    teacher: TeacherRows | None = None
+    """Log-probs of a teacher that the file has."""
 
     def digest(self) -> str:
         """Return the digest of all fields."""
         known = self.logprobs or ()
-        fields = [self.id, self.prompt, self.response, self.mask, self.logprobs is None]
+        fields: list[Any] = [self.id, self.prompt, self.response, self.mask, self.logprobs is None]
         numbers = [None if math.isnan(each) else each for each in known]
-        return digest([*fields, numbers, self.version, self.reward, self.answer, dict(self.extra)])
+        fields += [numbers, self.version, self.reward, self.answer, dict(self.extra)]
+        return digest(fields if self.teacher is None else [*fields, self.teacher.digest()])
 
 
 def sequence(

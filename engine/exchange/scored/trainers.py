@@ -15,7 +15,6 @@ import yaml
 
 from logitcask.engine.errors import ConfigError, IncompleteError, StoreError
 from logitcask.engine.events import EventHandler
-from logitcask.engine.exchange import distillkit
 from logitcask.engine.exchange.parquet import (
     SUFFIX,
     ExportReport,
@@ -25,6 +24,7 @@ from logitcask.engine.exchange.parquet import (
     write_files,
 )
 from logitcask.engine.exchange.positions import Selection, select
+from logitcask.engine.exchange.scored import distillkit
 from logitcask.engine.models.digests import replace_text
 from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.store.format.layouts import ranked
@@ -33,8 +33,7 @@ from logitcask.engine.types import Array, CachedScores, Progress, Rollouts, no_p
 
 IGNORED = -100
 """Label of a token without loss, as in transformers."""
-SEQUENCES = 64
-"""Sequences of a table."""
+SEQUENCES = 64  # of a table
 _MASKED = -1e9
 """Log-prob of a masked entry, as axolotl's collator pads."""
 _LEAST = -1e4
@@ -160,10 +159,8 @@ def _vocabulary(selection: Selection) -> int:
         ):
             if type(size := provenance.get(role, {}).get("n_vocab")) is int:
                 return int(size)
-    raise StoreError(
-        "neither rollouts nor scores record the size of the vocabulary, which DistillKit needs",
-        hint="export with --format trl or axolotl",
-    )
+    cause = "neither rollouts nor scores record the size of the vocabulary, which DistillKit needs"
+    raise StoreError(cause, hint="export with --format trl or axolotl")
 
 
 def _write_config(target: Path, config: distillkit.Compression) -> None:

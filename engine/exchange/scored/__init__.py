@@ -1,0 +1,1 @@
+"""Scores in files of other programs: DistillKit, axolotl and TRL."""
