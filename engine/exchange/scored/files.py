@@ -39,7 +39,7 @@ def read_distillkit(file: Path) -> Iterator[Imported | None]:
 
     Row i of the file's log-probs predicts token i + 1, and counts where labels[i] is an id, as in
     DistillKit's KL. All tokens before the first that counts are the prompt. Packed sequences are
-    told apart by attention_mask. Raises PromptError.
+    separated by attention_mask. Raises PromptError.
     """
     pyarrow, parquet = need("pyarrow"), need("pyarrow.parquet")
     number = 0
@@ -47,9 +47,9 @@ def read_distillkit(file: Path) -> Iterator[Imported | None]:
         with file.open("rb") as stream, parquet.ParquetFile(stream, pre_buffer=False) as whole:
             names = set(whole.schema_arrow.names)
             config = _config_of(file, names)
-            wanted = ("input_ids", "labels", "attention_mask")
+            plain = ("input_ids", "labels", "attention_mask")
             bytes_of = _RAW if config is None else (distillkit.IDS, distillkit.LOGPROBS)
-            columns = [name for name in (*wanted, *bytes_of) if name in names]
+            columns = [name for name in (*plain, *bytes_of) if name in names]
             for batch in whole.iter_batches(batch_size=_ROWS, columns=columns):
                 for at in range(batch.num_rows):
                     row = {name: batch.column(name)[at].values for name in columns}
@@ -134,9 +134,9 @@ def _logprobs(
         if ids.dtype.kind not in "iu" or lp.dtype.kind != "f" or ids.shape != lp.shape:
             stop(f"{_RAW[0]} of {ids.shape}, {_RAW[1]} of {lp.shape}", "write ids and numbers")
         return ids.astype(np.int64), lp.astype(np.float64)
-    wanted = {distillkit.IDS: config.id_bytes, distillkit.LOGPROBS: config.logprob_bytes}
+    widths = {distillkit.IDS: config.id_bytes, distillkit.LOGPROBS: config.logprob_bytes}
     found = {}
-    for name, width in wanted.items():
+    for name, width in widths.items():
         found[name] = values = _wide(row[name], name, stop)
         if values.shape[1] != width or values.dtype.kind not in "iu":
             stop(

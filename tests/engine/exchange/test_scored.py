@@ -104,7 +104,7 @@ def read(path: Path, format: str) -> list[Imported]:
 
 TURNS = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "two"}]
 TWO = make_tokenizer()("two\n")["input_ids"]
-"""What the template writes for the last turn."""
+"""The last turn, as the template writes it."""
 
 
 def chat(**changed: Any) -> dict[str, Any]:
@@ -369,7 +369,7 @@ def test_an_import_is_a_set_of_scores_to_train_on(
     scored = total = 0
     for segment in head.rollouts("main"):
         data = store.read_rollouts(segment)
-        assert np.isnan(data.b_lp).all(), "nobody knows who sampled these"
+        assert np.isnan(data.b_lp).all(), "the sampler is unknown"
         scores = store.read_scores(head.scores("big")[segment.seg_id], base=data)
         marks = np.ones(data.positions, bool) if scores.scored is None else scores.scored
         kept = np.exp(scores.entry_lp.astype(float)).sum() + np.exp(scores.s_lp.astype(float)).sum()
