@@ -52,6 +52,7 @@ PANELS = {
     "eval": "Evaluation",
     "ablate": "Ablation",
     "probe": "Measurement",
+    "reward": "Measurement",
     "work": "Workers",
     "runner": "Runner",
     "run": "Run",

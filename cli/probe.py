@@ -1,20 +1,21 @@
 """`logitcask probe`: measurements of a checkpoint from a store."""
 
+from pathlib import Path
 from typing import Any
 
 import rich_click as click
 
 from logitcask.cli.options import config_from_flags, config_options, dry_run_option, format_option
-from logitcask.cli.output import print_table
+from logitcask.cli.output import print_result, print_table
 from logitcask.cli.progress import progress_bar
-from logitcask.engine.config.sections import ProbeConfig
+from logitcask.engine.config.sections import ProbeConfig, RewardProbeConfig
 from logitcask.engine.config.toml import to_toml
-from logitcask.engine.config.training import Probe
+from logitcask.engine.config.training import Probe, RewardProbe
 
 
 @click.group("probe", context_settings={"help_option_names": ["-h", "--help"]})
 def probe_command() -> None:
-    """Measure a checkpoint on stored rows, without a teacher and without training.
+    """Measure from stored rows, without a teacher and without training.
 
     Example: logitcask probe metrics --model ./run --store ./store
     """
@@ -65,3 +66,29 @@ def metrics_command(form: str, dry_run: bool, objectives: tuple[str, ...], **fla
         [{"metric": name, **dict(zip(heads, row, strict=True))} for name, row in rows.items()],
         form,
     )
+
+
+@probe_command.command("reward")
+@config_options(
+    RewardProbeConfig,
+    {"store": ["url", "rollouts"], "reward": list(RewardProbe.model_fields)},
+)
+@click.option(
+    "--figure",
+    type=click.Path(path_type=Path),
+    help="File for the two distributions: .svg, .png or .pdf. Needs the extra figures.",
+    panel="Measurement",
+)
+@format_option
+def reward_command(form: str, figure: Path | None, **flags: Any) -> None:
+    """Compare the teacher's reward of correct and incorrect responses.
+
+    The reward of a response is its mean of log q - log p, teacher less sampling student, in nats a
+    token. AUROC is the probability that a correct response has a larger one than an incorrect one;
+    standard errors are over prompts. Reads the store alone: no model is loaded.
+
+    Example: logitcask probe reward --store ./store --figure reward.svg
+    """
+    from logitcask.engine.commands.probe import run_reward_probe
+
+    print_result(run_reward_probe(config_from_flags(RewardProbeConfig, flags), figure), form)

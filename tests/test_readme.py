@@ -41,7 +41,7 @@ SMALLER = {
     "max_new_tokens = 2048": "max_new_tokens = 32",
 }
 ELSEWHERE = (
-    r"hub:|hf://|s3://|gs://|az://|\./tapped|-1a2b3c4d|\.\.\."
+    r"hub:|hf://|s3://|gs://|az://|--from tap|-1a2b3c4d|\./graded|\.\.\."
     r"|https?://(?!127\.0\.0\.1:8000)|--runner (?:pro|ray)"
 )
 NOT_RUN = rf"demo|bench|(?:.*(?:{ELSEWHERE}))"

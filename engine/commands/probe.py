@@ -1,15 +1,18 @@
-"""`logitcask probe metrics`: measure a student on stored scores."""
+"""`logitcask probe`: measurements from stored scores."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from logitcask.engine.commands.resolve import snapshot_of, student_of
-from logitcask.engine.config.sections import ProbeConfig
+from logitcask.engine.config.sections import ProbeConfig, RewardProbeConfig
 from logitcask.engine.models.load import load_student, quiet
 from logitcask.engine.objectives import parse_objective
 from logitcask.engine.packing.batches import planned
+from logitcask.engine.probes import figures
 from logitcask.engine.probes.metrics import Bin, probe
+from logitcask.engine.probes.reward import RewardReport, reward_report, sequence_rewards
 from logitcask.engine.store import open_store
 from logitcask.engine.store.inspect import choose_teacher
 from logitcask.engine.types import Progress, no_progress
@@ -47,3 +50,26 @@ def run_probe(
         device=device,
         progress=progress,
     )
+
+
+def run_reward_probe(config: RewardProbeConfig, figure: Path | None = None) -> RewardReport:
+    """Compare the teacher's mean reward of correct and incorrect responses.
+
+    figure: file for the two distributions. Raises as `sequence_rewards` and `reward_report`.
+    """
+    if figure is not None:
+        figures.check_file(figure)
+    store, chosen = open_store(config.store.url), config.reward
+    snapshot = store.head() if chosen.snapshot is None else snapshot_of(store, chosen.snapshot)
+    found = sequence_rewards(
+        store, snapshot, rollouts=config.store.rollouts, teacher=chosen.teacher
+    )
+    report = reward_report(found, correct_from=chosen.correct_from)
+    if figure is not None:
+        is_correct = found.reward >= chosen.correct_from
+        figures.draw_rewards(
+            figure,
+            {"correct": found.mean[is_correct], "incorrect": found.mean[~is_correct]},
+            title=f"AUROC {report.auroc:.3f} ± {report.auroc_se:.3f}",
+        )
+    return report

@@ -10,7 +10,7 @@ from logitcask.engine.config.prompts import Prompts
 from logitcask.engine.config.runner import LoopRunner, StageRunner
 from logitcask.engine.config.section import NAME, Name, Positive, Section
 from logitcask.engine.config.teacher import Score, Teacher, Work
-from logitcask.engine.config.training import Ablate, Eval, Loop, Lora, Probe, Train
+from logitcask.engine.config.training import Ablate, Eval, Loop, Lora, Probe, RewardProbe, Train
 from logitcask.engine.types import BATCH_TOKENS, SamplingParams
 
 
@@ -299,6 +299,13 @@ class ProbeConfig(Section):
     store: StoreSection
     probe: Probe = Probe()
     run: Run = Run()
+
+
+class RewardProbeConfig(Section):
+    """Sections of `logitcask probe reward`."""
+
+    store: StoreSection
+    reward: RewardProbe = RewardProbe()
 
 
 class RunConfig(Section):

@@ -323,6 +323,18 @@ class Probe(Section):
     )
 
 
+class RewardProbe(Section):
+    teacher: Name | None = Field(
+        None, description="Whose scores to read; may be left out when the store has one."
+    )
+    snapshot: str | None = Field(
+        None, description="Log number or tag of the store to read; default: the newest."
+    )
+    correct_from: float = Field(
+        1.0, gt=0, le=1, description="Least reward of a response that counts as correct."
+    )
+
+
 class Loop(Section):
     rounds: Positive = Field(description="Rounds of rollout, score, update.")
     prompts_per_round: Positive = Field(

@@ -49,7 +49,8 @@ def test_mc_draws_base_and_context_reach_a_batch(world: World, call: Any) -> Non
     plain, hinted = (
         opened.read_scores(next(iter(snapshot.scores(n).values()))) for n in ("big", "hinted")
     )
-    np.testing.assert_array_equal(plain.lp, hinted.lp)
+    # Listed ids are summed apart from all others, and the lists differ: the last digit may too.
+    np.testing.assert_allclose(plain.lp, hinted.lp, rtol=5e-7)
     assert [snapshot.role(n) for n in ("big", "root", "hinted")] == ["teacher", "base", "context"]
 
 
