@@ -53,6 +53,7 @@ PANELS = {
     "ablate": "Ablation",
     "probe": "Measurement",
     "reward": "Measurement",
+    "positions": "Measurement",
     "work": "Workers",
     "runner": "Runner",
     "run": "Run",

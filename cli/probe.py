@@ -8,9 +8,9 @@ import rich_click as click
 from logitcask.cli.options import config_from_flags, config_options, dry_run_option, format_option
 from logitcask.cli.output import print_result, print_table
 from logitcask.cli.progress import progress_bar
-from logitcask.engine.config.sections import ProbeConfig, RewardProbeConfig
+from logitcask.engine.config.sections import PositionProbeConfig, ProbeConfig, RewardProbeConfig
 from logitcask.engine.config.toml import to_toml
-from logitcask.engine.config.training import Probe, RewardProbe
+from logitcask.engine.config.training import PositionProbe, Probe, RewardProbe
 
 
 @click.group("probe", context_settings={"help_option_names": ["-h", "--help"]})
@@ -92,3 +92,41 @@ def reward_command(form: str, figure: Path | None, **flags: Any) -> None:
     from logitcask.engine.commands.probe import run_reward_probe
 
     print_result(run_reward_probe(config_from_flags(RewardProbeConfig, flags), figure), form)
+
+
+@probe_command.command("positions")
+@config_options(
+    PositionProbeConfig,
+    {"store": ["url", "rollouts"], "positions": list(PositionProbe.model_fields)},
+)
+@click.option(
+    "--figure",
+    type=click.Path(path_type=Path),
+    help="File for the curves: .svg, .png or .pdf. Needs the extra figures.",
+    panel="Measurement",
+)
+@format_option
+def positions_command(form: str, figure: Path | None, **flags: Any) -> None:
+    """Measure teacher and sampling student by position in the response.
+
+    Entropies, KL and overlap of each range of positions; with --format json of each version of the
+    student too. Reads the store alone: no model is loaded.
+
+    Example: logitcask probe positions --store ./store --bins 4 --figure positions.svg
+    """
+    from dataclasses import asdict
+
+    from logitcask.engine.commands.probe import run_position_probe
+
+    report = run_position_probe(config_from_flags(PositionProbeConfig, flags), figure)
+    if form == "json":
+        print_result(asdict(report), form)
+        return
+    heads = [f"{each.start}..{each.end - 1}" for each in report.ranges]
+    rows: dict[str, list[float | None]] = {"rows": [float(each.rows) for each in report.ranges]}
+    rows |= {name: [each.means[name] for each in report.ranges] for name in report.ranges[0].means}
+    print_table(
+        [{"metric": name, **dict(zip(heads, row, strict=True))} for name, row in rows.items()],
+        form,
+    )
+    click.echo(f"overlap at k = {report.k}; {report.reading}")

@@ -80,6 +80,7 @@ VERBS = [
         "doctor",
         "doctor teacher",
         "probe metrics",
+        "probe positions",
         "probe reward",
         "store verify",
         "store gc",

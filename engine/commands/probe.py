@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 
 from logitcask.engine.commands.resolve import snapshot_of, student_of
-from logitcask.engine.config.sections import ProbeConfig, RewardProbeConfig
+from logitcask.engine.config.sections import PositionProbeConfig, ProbeConfig, RewardProbeConfig
 from logitcask.engine.models.load import load_student, quiet
 from logitcask.engine.objectives import parse_objective
 from logitcask.engine.packing.batches import planned
 from logitcask.engine.probes import figures
 from logitcask.engine.probes.metrics import Bin, probe
+from logitcask.engine.probes.positions import PositionReport, position_report
 from logitcask.engine.probes.reward import RewardReport, reward_report, sequence_rewards
 from logitcask.engine.store import open_store
 from logitcask.engine.store.inspect import choose_teacher
@@ -72,4 +73,25 @@ def run_reward_probe(config: RewardProbeConfig, figure: Path | None = None) -> R
             {"correct": found.mean[is_correct], "incorrect": found.mean[~is_correct]},
             title=f"AUROC {report.auroc:.3f} ± {report.auroc_se:.3f}",
         )
+    return report
+
+
+def run_position_probe(config: PositionProbeConfig, figure: Path | None = None) -> PositionReport:
+    """Measure teacher and sampling student by position; raises as `position_report`.
+
+    figure: file for the curves, and for a map of positions and versions where there are several.
+    """
+    if figure is not None:
+        figures.check_file(figure)
+    store, chosen = open_store(config.store.url), config.positions
+    snapshot = store.head() if chosen.snapshot is None else snapshot_of(store, chosen.snapshot)
+    report = position_report(
+        store,
+        snapshot,
+        rollouts=config.store.rollouts,
+        teacher=chosen.teacher,
+        bins=chosen.bins,
+    )
+    if figure is not None:
+        figures.draw_positions(figure, report.ranges, report.versions)
     return report

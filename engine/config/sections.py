@@ -10,7 +10,16 @@ from logitcask.engine.config.prompts import Prompts
 from logitcask.engine.config.runner import LoopRunner, StageRunner
 from logitcask.engine.config.section import NAME, Name, Positive, Section
 from logitcask.engine.config.teacher import Score, Teacher, Work
-from logitcask.engine.config.training import Ablate, Eval, Loop, Lora, Probe, RewardProbe, Train
+from logitcask.engine.config.training import (
+    Ablate,
+    Eval,
+    Loop,
+    Lora,
+    PositionProbe,
+    Probe,
+    RewardProbe,
+    Train,
+)
 from logitcask.engine.types import BATCH_TOKENS, SamplingParams
 
 
@@ -306,6 +315,13 @@ class RewardProbeConfig(Section):
 
     store: StoreSection
     reward: RewardProbe = RewardProbe()
+
+
+class PositionProbeConfig(Section):
+    """Sections of `logitcask probe positions`."""
+
+    store: StoreSection
+    positions: PositionProbe = PositionProbe()
 
 
 class RunConfig(Section):

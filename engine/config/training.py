@@ -335,6 +335,16 @@ class RewardProbe(Section):
     )
 
 
+class PositionProbe(Section):
+    teacher: Name | None = Field(
+        None, description="Whose scores to read; may be left out when the store has one."
+    )
+    snapshot: str | None = Field(
+        None, description="Log number or tag of the store to read; default: the newest."
+    )
+    bins: Positive = Field(8, description="Ranges of positions in the response, equally wide.")
+
+
 class Loop(Section):
     rounds: Positive = Field(description="Rounds of rollout, score, update.")
     prompts_per_round: Positive = Field(

@@ -1,6 +1,8 @@
 """Figures of the probes, by matplotlib: SVG, PNG or PDF, by the name of the file."""
 
+import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,15 @@ from logitcask.engine.errors import ConfigError
 SUFFIXES = (".svg", ".png", ".pdf")
 COLORS = {"correct": "#0072B2", "incorrect": "#D55E00"}
 """Of Okabe and Ito: they differ for colour-blind readers, and in gray."""
+MOST_NAMES = 12
+"""Versions that are named at an axis, at most."""
+LINES = (
+    ("entropy/teacher", "#0072B2", "-"),
+    ("entropy/student", "#D55E00", "-"),
+    ("kl/reverse", "#009E73", "--"),
+    ("kl/forward", "#000000", ":"),
+)
+"""Value -> color and style of its line."""
 
 
 def check_file(file: Path) -> None:
@@ -56,6 +67,42 @@ def draw_rewards(file: Path, groups: dict[str, Any], *, title: str) -> None:
     axes.set_title(title)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, file)
+
+
+def draw_positions(file: Path, ranges: Sequence[Any], versions: Mapping[int, Any]) -> None:
+    """Draw entropies and KL by position; with several versions a map of the reverse KL too.
+
+    ranges, versions: of a PositionReport.
+    """
+    plt = _pyplot()
+    panels = 2 if len(versions) > 1 else 1
+    figure, rows = plt.subplots(
+        panels, figsize=(7, 4 * panels), layout="constrained", squeeze=False
+    )
+    middle = [(each.start + each.end - 1) / 2 for each in ranges]
+    axes = rows[0][0]
+    for name, color, style in LINES:
+        values = [math.nan if v is None else v for v in (each.means[name] for each in ranges)]
+        axes.plot(middle, values, style, color=color, marker="o", markersize=4, label=name)
+    axes.set_xlabel("position in the response, tokens")
+    axes.set_ylabel("nats")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    if panels > 1:
+        axes, name = rows[1][0], "kl/reverse"
+        grid = [
+            [math.nan if each.means[name] is None else each.means[name] for each in versions[v]]
+            for v in sorted(versions)
+        ]
+        edges = [*(each.start for each in ranges), ranges[-1].end]
+        drawn = axes.pcolormesh(edges, range(len(grid) + 1), grid, cmap="viridis", vmin=0)
+        named = list(enumerate(sorted(versions)))[:: math.ceil(len(grid) / MOST_NAMES)]
+        axes.set_yticks([i + 0.5 for i, _ in named], [str(version) for _, version in named])
+        axes.set_xlabel("position in the response, tokens")
+        axes.set_ylabel("version of the student")
+        figure.colorbar(drawn, ax=axes, label=f"{name}, nats")
     _save(figure, file)
 
 

@@ -1,0 +1,177 @@
+"""Teacher and sampling student by position in the response, from stored scores alone.
+
+In the paper (Sec. 6.1, Fig. 12 and 13) long responses fail from their end: teacher and student part
+there first, and over the updates the border moves towards the beginning. Each value is a mean over
+the rows of a range of positions that count in a loss; p is the student that sampled, as stored.
+
+    entropy/teacher, entropy/student   nats, over the vocabulary
+    entropy/gap                        |H(q) - H(p)|, nats (Eq. 8)
+    kl/reverse, kl/forward             nats, lower bounds: see engine/exchange/README.md
+    overlap/ratio                      |TopK(p) and TopK(q)| / k (Eq. 6)
+    overlap/mass_student, _teacher     mass of the common ids under p and under q (Eq. 9 and 10)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from logitcask.engine.errors import IncompleteError
+from logitcask.engine.exchange.positions import Block, Column, Selection, blocks, select
+from logitcask.engine.store import Snapshot, Store
+from logitcask.engine.store.format.ragged import matrix
+from logitcask.engine.types import Array
+
+MOST_K = 16
+"""k of the paper; less where a store has fewer ids."""
+MEASURES = (
+    *("entropy/teacher", "entropy/student", "entropy/gap", "kl/reverse", "kl/forward"),
+    *("overlap/ratio", "overlap/mass_student", "overlap/mass_teacher"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Range:
+    """Rows at positions [start, end) of their responses."""
+
+    start: int
+    end: int
+    rows: int
+    means: Mapping[str, float | None]
+    """Name of MEASURES -> mean; None where no row has the value."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PositionReport:
+    """Means by position, of all versions of the student together and of each."""
+
+    k: int
+    ranges: tuple[Range, ...]
+    versions: Mapping[int, tuple[Range, ...]]
+    """Version that began the response -> its ranges, the same positions."""
+    reading: str
+
+
+def position_report(
+    store: Store,
+    snapshot: Snapshot,
+    *,
+    rollouts: str | None = None,
+    teacher: str | None = None,
+    bins: int,
+) -> PositionReport:
+    """Measure each of `bins` equally wide ranges of positions.
+
+    Raises as `select`, and IncompleteError without scores, the student's lists or a row that
+    counts.
+    """
+    selection = select(snapshot, rollouts=rollouts, teacher=teacher)
+    k = _common_k(selection)
+    found: list[tuple[Array, Array, Array]] = []
+    for index in range(len(selection.segments)):
+        for block in blocks(store, selection, index):
+            found.append(_measure(block, k))
+    position, version, values = (np.concatenate(each) for each in zip(*found, strict=True))
+    if not len(position):
+        raise IncompleteError(
+            "no row of these rollouts is scored and counts in a loss",
+            hint="probe rollouts that hold sampled tokens, with scores",
+        )
+    end = int(position.max()) + 1
+    cuts = np.linspace(0, end, min(bins, end) + 1).round().astype(np.int64)
+    whole = _ranges(cuts, position, values)
+    versions = {
+        int(each): _ranges(cuts, position[version == each], values[version == each])
+        for each in np.unique(version)
+    }
+    return PositionReport(k=k, ranges=whole, versions=versions, reading=_reading(whole))
+
+
+def _common_k(selection: Selection) -> int:
+    """Return the k at which the top-k of both models is stored for every row."""
+    known = [MOST_K]
+    for segment, scores in selection.segments:
+        sampled = segment.provenance.get("set", {}).get("student_topk", 0)
+        if not scores or not sampled:
+            what = "the student's top-k" if scores else f"scores of {selection.teacher!r}"
+            raise IncompleteError(
+                f"rollouts {segment.seg_id} have no {what}",
+                hint="run `logitcask score` first"
+                if not scores
+                else "sample with --student-topk 16",
+            )
+        known += [int(sampled), int(scores[0].provenance["request"]["teacher_topk_min"])]
+    return min(known)
+
+
+def _measure(block: Block, k: int) -> tuple[Array, Array, Array]:
+    """Return [R] position, [R] version and [R, M] values of the rows that count; NaN = none."""
+    columns = {name: column for name, column in block.items() if column is not None}
+    scored = columns["teacher_entropy"].valid
+    counts = columns["loss_mask"].values.astype(bool)
+    if scored is not None:
+        counts &= scored
+
+    def value(name: str) -> Array:
+        column = columns.get(name)
+        if column is None:
+            return np.full(len(counts), np.nan)
+        held = column.values.astype(np.float64)
+        return held if column.valid is None else np.where(column.valid, held, np.nan)
+
+    q, p = value("teacher_entropy"), value("student_entropy")
+    if "teacher_entropy_upper" in columns:
+        # A server returns the best ids alone: the middle of the interval stands for the entropy.
+        q = (q + value("teacher_entropy_upper")) / 2
+    student, student_lp = _best(columns, "student_topk_ids", "student_topk_logprobs", k)
+    teacher, teacher_lp = _best(columns, "teacher_ids", "teacher_logprobs", k)
+    common = student[:, :, None] == teacher[:, None, :]  # [P, k, k]
+    values = np.stack(
+        [
+            *(q, p, np.abs(q - p), value("reverse_kl"), value("forward_kl")),
+            common.any(2).sum(1) / k,
+            (np.exp(student_lp) * common.any(2)).sum(1),
+            (np.exp(teacher_lp) * common.any(1)).sum(1),
+        ],
+        axis=1,
+    )
+    position, version = columns["position"].values, columns["policy_version_start"].values
+    return position[counts], version[counts], values[counts]
+
+
+def _best(columns: Mapping[str, Column], ids: str, lp: str, k: int) -> tuple[Array, Array]:
+    """Return the first k ids and log-probs of each row's list, best first."""
+    counts = columns[ids].counts
+    assert counts is not None, "a column of lists"
+    wide, _ = matrix(columns[ids].values, counts, 0)
+    log_probs, _ = matrix(columns[lp].values, counts, -np.inf)
+    return wide[:, :k], log_probs[:, :k].astype(np.float64)
+
+
+def _ranges(cuts: Array, position: Array, values: Array) -> tuple[Range, ...]:
+    found = []
+    for start, end in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
+        rows = values[(start <= position) & (position < end)]
+        known = ~np.isnan(rows)
+        sums, counts = np.where(known, rows, 0.0).sum(0), known.sum(0)
+        means = {
+            name: float(total / count) if count else None
+            for name, total, count in zip(MEASURES, sums, counts, strict=True)
+        }
+        found.append(Range(start=start, end=end, rows=len(rows), means=means))
+    return tuple(found)
+
+
+def _reading(ranges: tuple[Range, ...]) -> str:
+    first, last = (each.means["kl/reverse"] for each in (ranges[0], ranges[-1]))
+    if len(ranges) < 2 or first is None or last is None:
+        return "too few positions to compare the beginning with the end"
+    where = f"{first:.3g} nats at the beginning, {last:.3g} at the end"
+    if last > 1.5 * first:
+        return (
+            f"the models part towards the end ({where}): in the paper long responses fail from "
+            "their end, and shorter ones train better"
+        )
+    if first > 1.5 * last:
+        return f"the models part at the beginning ({where}) and agree later"
+    return f"the models differ about as much at each position ({where})"
