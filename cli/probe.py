@@ -13,6 +13,14 @@ from logitcask.engine.config.toml import to_toml
 from logitcask.engine.config.training import PositionProbe, Probe, RewardProbe
 
 
+figure_option = click.option(
+    "--figure",
+    type=click.Path(path_type=Path),
+    help="File for the picture: .svg, .png or .pdf. Needs the extra figures.",
+    panel="Measurement",
+)
+
+
 @click.group("probe", context_settings={"help_option_names": ["-h", "--help"]})
 def probe_command() -> None:
     """Measure from stored rows, without a teacher and without training.
@@ -73,12 +81,7 @@ def metrics_command(form: str, dry_run: bool, objectives: tuple[str, ...], **fla
     RewardProbeConfig,
     {"store": ["url", "rollouts"], "reward": list(RewardProbe.model_fields)},
 )
-@click.option(
-    "--figure",
-    type=click.Path(path_type=Path),
-    help="File for the two distributions: .svg, .png or .pdf. Needs the extra figures.",
-    panel="Measurement",
-)
+@figure_option
 @format_option
 def reward_command(form: str, figure: Path | None, **flags: Any) -> None:
     """Compare the teacher's reward of correct and incorrect responses.
@@ -99,12 +102,7 @@ def reward_command(form: str, figure: Path | None, **flags: Any) -> None:
     PositionProbeConfig,
     {"store": ["url", "rollouts"], "positions": list(PositionProbe.model_fields)},
 )
-@click.option(
-    "--figure",
-    type=click.Path(path_type=Path),
-    help="File for the curves: .svg, .png or .pdf. Needs the extra figures.",
-    panel="Measurement",
-)
+@figure_option
 @format_option
 def positions_command(form: str, figure: Path | None, **flags: Any) -> None:
     """Measure teacher and sampling student by position in the response.
