@@ -1,4 +1,4 @@
-"""`logitcask probe`: measurements of a checkpoint from a store."""
+"""`logitcask probe`: measurements from a store."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from logitcask.cli.progress import progress_bar
 from logitcask.engine.config.sections import PositionProbeConfig, ProbeConfig, RewardProbeConfig
 from logitcask.engine.config.toml import to_toml
 from logitcask.engine.config.training import PositionProbe, Probe, RewardProbe
-
 
 figure_option = click.option(
     "--figure",
