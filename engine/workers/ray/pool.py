@@ -24,6 +24,8 @@ IN_FLIGHT = 2
 """Calls of one actor at most: the next unit begins without a word from the driver."""
 GROW_S = 5.0
 """Seconds between two looks for the resources of one more actor."""
+DEATH_S = 1.0
+"""Seconds in which a killed process ends; a claim that comes later waits for its lease."""
 RETRY_S = 1.0
 """Seconds between two calls of an actor that does not live."""
 
@@ -161,9 +163,14 @@ class Pool:
         """Kill the actors, and remove the claims that they held."""
         for actor in self._actors:
             self._ray.kill(actor.handle, no_restart=True)
-        for actor in self._actors:
-            if actor.calls:
-                self._forget(actor)
+        busy = [actor for actor in self._actors if actor.calls]
+        calls = [call for actor in busy for call in actor.calls]
+        if calls:
+            # Ray does not wait for the end of a process, which may claim a unit until then.
+            self._ray.wait(calls, num_returns=len(calls), timeout=DEATH_S)
+            time.sleep(DEATH_S)
+        for actor in busy:
+            self._forget(actor)
         self._actors.clear()
 
     def _start(self) -> None:

@@ -208,10 +208,14 @@ def commands(two_nodes: TwoNodes, here: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         score_on_ray(teacher, stop=stop, progress=interrupt)
     assert store.storage.files("claims") == []
-    assert len(store.head().scores("teacher")) == 1
+    # An actor may end its next unit before the kill reaches it.
+    before = set(store.head().scores("teacher"))
+    assert 1 <= len(before) <= 2
     done = score_on_ray(teacher, stop=stop)
-    assert (done.units_total, done.units_done_before, done.units_new) == (2, 1, 1)
-    assert done.positions == sum(s.counts["P"] for s in store.head().rollouts("main")) // 2
+    found = (done.units_total, done.units_done_before, done.units_new)
+    assert found == (2, len(before), 2 - len(before))
+    left = [s for s in store.head().rollouts("main") if s.seg_id not in before]
+    assert done.positions == sum(s.counts["P"] for s in left)
     with pytest.raises(ConfigError, match="worker with runner = ray"):
         score_on_ray(scores(here), stop=stop)
 
