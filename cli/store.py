@@ -103,9 +103,7 @@ def snapshot(url: str, at: str | None, form: str) -> None:
     from logitcask.engine.store.inspect import snapshot_summary
 
     store = open_store(url)
-    print_result(
-        snapshot_summary(store, store.head() if at is None else snapshot_of(store, at)), form
-    )
+    print_result(snapshot_summary(store, snapshot_of(store, at)), form)
 
 
 @store_command.command("show")

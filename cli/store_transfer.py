@@ -48,7 +48,7 @@ def push_command(
     if not is_hub(url) and (private or license_id):
         raise click.UsageError("--private and --license need a URL of hf://.")
     source = open_store(store)
-    snapshot = source.head() if at is None else snapshot_of(source, at)
+    snapshot = snapshot_of(source, at)
     report: CopyReport
     with progress_bar() as progress:
         if is_hub(url):
@@ -91,7 +91,7 @@ def pull_command(url: str, store: str, at: str | None, form: str) -> None:
     if is_hub(store):
         raise click.UsageError("STORE is on the Hub: use `store push`.")
     source = open_store(url)
-    snapshot = source.head() if at is None else snapshot_of(source, at)
+    snapshot = snapshot_of(source, at)
     with progress_bar() as progress:
         report = copy_store(source, open_storage(store), snapshot=snapshot, progress=progress)
         verify(

@@ -222,7 +222,7 @@ def _plan(config: TrainConfig, varied: set[str], out: Path) -> dict[str, Any]:
                 f"{out} is not empty and holds no {PLAN}: it is not the folder of an ablation",
                 hint="give a new or an empty folder with --out",
             )
-        snapshot = store.head() if number is None else snapshot_of(store, number)
+        snapshot = snapshot_of(store, number)
         return {
             "store": store.uuid,
             "pin": snapshot.number,

@@ -25,9 +25,7 @@ def run_probe(
     """Measure a student; `objectives` as --objective takes them. Bin 0 is all rows."""
     found = {text: parse_objective(text).objective for text in objectives}
     store = open_store(config.store.url)
-    snapshot = (
-        store.head() if config.probe.snapshot is None else snapshot_of(store, config.probe.snapshot)
-    )
+    snapshot = snapshot_of(store, config.probe.snapshot)
     teacher = choose_teacher(snapshot, config.probe.teacher)
     model = student_of(config.student, snapshot, config.store.rollouts)
     packs = planned(
@@ -61,7 +59,7 @@ def run_reward_probe(config: RewardProbeConfig, figure: Path | None = None) -> R
     if figure is not None:
         figures.check_file(figure)
     store, chosen = open_store(config.store.url), config.reward
-    snapshot = store.head() if chosen.snapshot is None else snapshot_of(store, chosen.snapshot)
+    snapshot = snapshot_of(store, chosen.snapshot)
     found = sequence_rewards(
         store, snapshot, rollouts=config.store.rollouts, teacher=chosen.teacher
     )
@@ -84,7 +82,7 @@ def run_position_probe(config: PositionProbeConfig, figure: Path | None = None) 
     if figure is not None:
         figures.check_file(figure)
     store, chosen = open_store(config.store.url), config.positions
-    snapshot = store.head() if chosen.snapshot is None else snapshot_of(store, chosen.snapshot)
+    snapshot = snapshot_of(store, chosen.snapshot)
     report = position_report(
         store,
         snapshot,

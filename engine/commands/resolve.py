@@ -20,8 +20,10 @@ from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.types import ModelRef, Prompt
 
 
-def snapshot_of(store: Store, text: str) -> Snapshot:
-    """Return the snapshot of a log number or a tag."""
+def snapshot_of(store: Store, text: str | None) -> Snapshot:
+    """Return the snapshot of a log number or a tag; None = the newest."""
+    if text is None:
+        return store.head()
     return store.snapshot(int(text) if text.isdecimal() else text)
 
 

@@ -144,9 +144,7 @@ def _train_task(config: TrainConfig) -> tuple[Store, Snapshot, dict[str, Any]]:
     """Return the store, its snapshot, and the arguments of `train` that need no student."""
     preset = find_objective(config.train)
     store = open_store(config.store.url)
-    snapshot = (
-        store.head() if config.train.snapshot is None else snapshot_of(store, config.train.snapshot)
-    )
+    snapshot = snapshot_of(store, config.train.snapshot)
     where = (
         "the store"
         if config.train.snapshot is None
@@ -245,7 +243,7 @@ def held_out_set(settings: Eval, url: str, train: Train) -> HeldOutSet | None:
     field = train.teacher_field if several else None
     base = train.base
     store = open_store(settings.store or url)
-    snapshot = store.head() if settings.snapshot is None else snapshot_of(store, settings.snapshot)
+    snapshot = snapshot_of(store, settings.snapshot)
     return HeldOutSet(
         store=store,
         rollouts=choose(

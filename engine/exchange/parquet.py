@@ -166,7 +166,7 @@ def need(package: str) -> Any:
         return import_module(package)
     except ImportError as error:
         raise ConfigError(
-            "an export needs the package pyarrow", hint='pip install -e ".[data]"'
+            "Parquet needs the package pyarrow", hint='pip install -e ".[data]"'
         ) from error
 
 

@@ -144,7 +144,8 @@ def test_rows_become_log_probs_of_the_next_token(tmp_path: Path) -> None:
     raw = {"input_ids": TOKENS, "token_ids": ids.tolist(), "top_values": lp.tolist()}
     (plain,) = read(write(tmp_path / "c", raw, config="none"), "distillkit")
     assert plain.teacher is not None
-    assert plain.teacher.digest() == whole.teacher.digest()  # type: ignore[union-attr]
+    assert whole.teacher is not None
+    assert plain.teacher.digest() == whole.teacher.digest()
 
 
 def test_axolotl_rows_are_of_the_last_turn_and_hold_its_tokens(tmp_path: Path) -> None:
@@ -250,9 +251,9 @@ def test_a_hostile_configuration_is_refused(tmp_path: Path, config: Any, cause: 
 
 def entry(**changed: Any) -> list[list[Any]]:
     """Return log-probs whose second row has another first entry."""
-    rows = chat()["logprobs"]
+    rows: list[list[Any]] = chat()["logprobs"]
     rows[1] = [rows[1][0] | changed, *rows[1][1:]]
-    return rows  # type: ignore[no-any-return]
+    return rows
 
 
 WRONG_CHATS: list[tuple[dict[str, Any], str]] = [
@@ -317,8 +318,9 @@ def test_rounded_masses_are_rescaled_and_normalized_ones_refused(tmp_path: Path)
     (found,) = read(write(tmp_path / "b", smaller), "distillkit")
     with pytest.raises(PromptError, match="add up to"):
         counts.add(found)
+    assert found.teacher is not None
     with pytest.raises(PromptError, match="the student's are below"):
-        TeacherCounts(int(found.teacher.ids.max())).add(found)  # type: ignore[union-attr]
+        TeacherCounts(int(found.teacher.ids.max())).add(found)
 
 
 @pytest.fixture(scope="module")
