@@ -111,7 +111,9 @@ def reward_report(found: SequenceRewards, *, correct_from: float) -> RewardRepor
             "are compared",
             hint="give another --correct-from, or rollouts with correct and incorrect responses",
         )
-    groups = [_mean(found.mean[part], found.prompt[part]) for part in (is_correct, ~is_correct)]
+    groups = [
+        clustered_mean(found.mean[part], found.prompt[part]) for part in (is_correct, ~is_correct)
+    ]
     area, area_se = auroc(found.mean, is_correct, found.prompt)
     return RewardReport(
         correct=n,
@@ -164,7 +166,7 @@ def _share_below(values: Array, others: Array) -> Array:
     return share
 
 
-def _mean(values: Array, cluster: Array) -> tuple[float, float]:
+def clustered_mean(values: Array, cluster: Array) -> tuple[float, float]:
     """Return (mean, its standard error over clusters); NaN with one cluster."""
     mean = float(values.mean())
     sums = np.bincount(cluster, values - mean)[np.unique(cluster)]
