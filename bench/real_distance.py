@@ -3,23 +3,26 @@
 Of a text of each held-out chat, sampled at temperature 1 by the teacher or by the student before
 its training: the KL divergence in both directions over the whole vocabulary, the share of positions
 with the same first id, the share of common ids of both top-16, and the student's negative
-log-likelihood. Values are sums of a text. A mean is a ratio of sums over the texts, and its
-standard error is over texts, because positions of one text are not independent.
+log-likelihood. Values are sums of a text; real_sums.py makes figures of them.
 """
 
 import json
+import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from real_chats import is_right
+from real_sums import MEASURES, TEXTS
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 NEW_TOKENS, GRADED_TOKENS = 48, 16
 """Of a held-out text, and of a graded response."""
 TOPK, BATCH = 16, 32
-MEASURES = ("kl_pq", "kl_qp", "top1", "overlap", "nll")
+DIGITS = 5
+"""Of the sums in a row."""
 
 Texts = list[tuple[list[int], list[int]]]
 """(prompt ids, response ids) of each chat."""
@@ -57,12 +60,43 @@ class Chats:
                 found.append((prompt, row[: row.index(end) + 1] if end in row else row))
         return found
 
-    def graded(self, model: Any) -> tuple[int, int]:
-        """Return (right responses, chats), sampled greedily."""
+    def responses(self, model: Any) -> list[str]:
+        """Return the text of a response to every chat, sampled greedily."""
         texts = self.texts(model, GRADED_TOKENS, sample=False)
-        responses = [self.tokenizer.decode(ids, skip_special_tokens=True) for _, ids in texts]
-        marks = [is_right(row["answer"], r) for row, r in zip(self.rows, responses, strict=True)]
-        return sum(marks), len(marks)
+        return [self.tokenizer.decode(ids, skip_special_tokens=True) for _, ids in texts]
+
+
+class Measurement:
+    """The held-out texts with the teacher's log-probs, and the graded chats; made when needed."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    @cached_property
+    def held_out(self) -> dict[str, tuple[Texts, list[Tensor]]]:
+        """Sampler -> its texts, always the same, and the teacher's log-probs there."""
+        chats = Chats(self.place / "held_out.jsonl", self.place / "teacher")
+        models = {name: load(self.place / name) for name in TEXTS}
+        texts = {n: chats.texts(each, NEW_TOKENS, sample=True) for n, each in models.items()}
+        return {n: (each, log_probs(models["teacher"], each)) for n, each in texts.items()}
+
+    @cached_property
+    def graded(self) -> Chats:
+        """Chats with an answer."""
+        return Chats(self.place / "graded.jsonl", self.place / "teacher")
+
+    def of(self, folder: Path) -> dict[str, Any]:
+        """Return the sums of each text, the marks of the graded responses, and the CPU seconds."""
+        start = time.process_time()
+        model = load(folder)
+        responses = self.graded.responses(model)
+        rows = zip(self.graded.rows, responses, strict=True)
+        return {
+            "sums": {name: distances(model, *each) for name, each in self.held_out.items()},
+            "marks": [int(is_right(row["answer"], response)) for row, response in rows],
+            "responses": responses,
+            "cpu_s": round(time.process_time() - start, 1),
+        }
 
 
 def load(folder: Path) -> Any:
@@ -88,29 +122,14 @@ def distances(model: Any, texts: Texts, teacher: list[Tensor]) -> dict[str, list
         top_p, top_q = log_p.topk(TOPK).indices, log_q.topk(TOPK).indices
         common = (top_p[:, :, None] == top_q[:, None]).any(-1).double().mean(-1)
         sampled = torch.tensor(ids)[:, None]
-        found["kl_pq"].append(float((log_p.exp() * (log_p - log_q)).double().sum()))
-        found["kl_qp"].append(float((log_q.exp() * (log_q - log_p)).double().sum()))
-        found["top1"].append(float((top_p[:, 0] == top_q[:, 0]).double().sum()))
-        found["overlap"].append(float(common.sum()))
-        found["nll"].append(-float(log_p.gather(1, sampled).double().sum()))
-        found["tokens"].append(float(len(ids)))
+        sums = {
+            "kl_pq": (log_p.exp() * (log_p - log_q)).double().sum(),
+            "kl_qp": (log_q.exp() * (log_q - log_p)).double().sum(),
+            "top1": (top_p[:, 0] == top_q[:, 0]).double().sum(),
+            "overlap": common.sum(),
+            "nll": -log_p.gather(1, sampled).double().sum(),
+            "tokens": len(ids),
+        }
+        for name, value in sums.items():
+            found[name].append(round(float(value), DIGITS))
     return found
-
-
-def mean(sums: dict[str, list[float]], name: str) -> tuple[float, float]:
-    """Return a measure per token, and its standard error over texts."""
-    return _ratio(torch.tensor(sums[name]).double(), torch.tensor(sums["tokens"]).double())
-
-
-def paired(
-    sums: dict[str, list[float]], before: dict[str, list[float]], name: str
-) -> tuple[float, float]:
-    """Return the difference of a measure from another model's on the same texts, and its error."""
-    difference = torch.tensor(sums[name]).double() - torch.tensor(before[name]).double()
-    return _ratio(difference, torch.tensor(sums["tokens"]).double())
-
-
-def _ratio(values: Tensor, tokens: Tensor) -> tuple[float, float]:
-    ratio = values.sum() / tokens.sum()
-    error = ((values - ratio * tokens) ** 2).sum().sqrt() / tokens.sum()
-    return float(ratio), float(error)
