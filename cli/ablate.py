@@ -13,8 +13,8 @@ from logitcask.cli.options import (
 )
 from logitcask.cli.output import print_event, print_result, print_table
 from logitcask.cli.progress import progress_bar
+from logitcask.engine.config.parse.toml import read_job
 from logitcask.engine.config.sections import AblateConfig, TrainConfig
-from logitcask.engine.config.toml import read_job
 from logitcask.engine.config.training import Ablate
 
 

@@ -15,8 +15,8 @@ from logitcask.cli.options import (
 from logitcask.cli.output import print_event, print_result
 from logitcask.cli.progress import progress_bar
 from logitcask.cli.worker import stop_at_sigterm
+from logitcask.engine.config.parse.toml import read_toml, to_toml
 from logitcask.engine.config.sections import RunConfig
-from logitcask.engine.config.toml import read_toml, to_toml
 
 NAME_WIDTH = len("rollout-0")
 

@@ -11,7 +11,7 @@ from click.exceptions import Exit
 
 from logitcask.cli.options import flag_hint
 from logitcask.cli.output import visible, visible_lines
-from logitcask.engine.config.other_names import suggest
+from logitcask.engine.config.parse.other_names import suggest
 from logitcask.engine.errors import LogitcaskError
 
 VERBS = (

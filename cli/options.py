@@ -12,9 +12,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import rich_click as click
 from pydantic.fields import FieldInfo
 
-from logitcask.engine.config.other_names import keys_named, suggest
+from logitcask.engine.config.parse.other_names import keys_named, suggest
+from logitcask.engine.config.parse.toml import Job, validate
 from logitcask.engine.config.section import Section
-from logitcask.engine.config.toml import Job, validate
 from logitcask.engine.config.training import Lora
 
 F = TypeVar("F", bound=Callable[..., Any])

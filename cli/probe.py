@@ -1,23 +1,15 @@
 """`logitcask probe`: measurements from a store."""
 
-from pathlib import Path
 from typing import Any
 
 import rich_click as click
 
 from logitcask.cli.options import config_from_flags, config_options, dry_run_option, format_option
-from logitcask.cli.output import print_result, print_table
+from logitcask.cli.output import print_table
+from logitcask.cli.probe_store import STORE_PROBES
 from logitcask.cli.progress import progress_bar
-from logitcask.engine.config.sections import PositionProbeConfig, ProbeConfig, RewardProbeConfig
-from logitcask.engine.config.toml import to_toml
-from logitcask.engine.config.training import PositionProbe, Probe, RewardProbe
-
-figure_option = click.option(
-    "--figure",
-    type=click.Path(path_type=Path),
-    help="File for the picture: .svg, .png or .pdf. Needs the extra figures.",
-    panel="Measurement",
-)
+from logitcask.engine.config.parse.toml import to_toml
+from logitcask.engine.config.probes import Probe, ProbeConfig
 
 
 @click.group("probe", context_settings={"help_option_names": ["-h", "--help"]})
@@ -75,55 +67,5 @@ def metrics_command(form: str, dry_run: bool, objectives: tuple[str, ...], **fla
     )
 
 
-@probe_command.command("reward")
-@config_options(
-    RewardProbeConfig,
-    {"store": ["url", "rollouts"], "reward": list(RewardProbe.model_fields)},
-)
-@figure_option
-@format_option
-def reward_command(form: str, figure: Path | None, **flags: Any) -> None:
-    """Compare the teacher's reward of correct and incorrect responses.
-
-    The reward of a response is its mean of log q - log p, teacher less sampling student, in nats a
-    token. AUROC is the probability that a correct response has a larger one than an incorrect one;
-    standard errors are over prompts. Reads the store alone: no model is loaded.
-
-    Example: logitcask probe reward --store ./store --figure reward.svg
-    """
-    from logitcask.engine.commands.probe import run_reward_probe
-
-    print_result(run_reward_probe(config_from_flags(RewardProbeConfig, flags), figure), form)
-
-
-@probe_command.command("positions")
-@config_options(
-    PositionProbeConfig,
-    {"store": ["url", "rollouts"], "positions": list(PositionProbe.model_fields)},
-)
-@figure_option
-@format_option
-def positions_command(form: str, figure: Path | None, **flags: Any) -> None:
-    """Measure teacher and sampling student by position in the response.
-
-    Entropies, KL and overlap of each range of positions; with --format json of each version of the
-    student too. Reads the store alone: no model is loaded.
-
-    Example: logitcask probe positions --store ./store --bins 4 --figure positions.svg
-    """
-    from dataclasses import asdict
-
-    from logitcask.engine.commands.probe import run_position_probe
-
-    report = run_position_probe(config_from_flags(PositionProbeConfig, flags), figure)
-    if form == "json":
-        print_result(asdict(report), form)
-        return
-    heads = [f"{each.start}..{each.end - 1}" for each in report.ranges]
-    rows: dict[str, list[float | None]] = {"rows": [float(each.rows) for each in report.ranges]}
-    rows |= {name: [each.means[name] for each in report.ranges] for name in report.ranges[0].means}
-    print_table(
-        [{"metric": name, **dict(zip(heads, row, strict=True))} for name, row in rows.items()],
-        form,
-    )
-    click.echo(f"overlap at k = {report.k}; {report.reading}")
+for each in STORE_PROBES:
+    probe_command.add_command(each)

@@ -16,9 +16,9 @@ from logitcask.cli.options import (
 from logitcask.cli.output import print_event, print_report
 from logitcask.cli.progress import progress_bar
 from logitcask.cli.worker import run_until_stopped, stop_at_sigterm
+from logitcask.engine.config.parse.toml import to_toml
 from logitcask.engine.config.sections import ScoreConfig
 from logitcask.engine.config.teacher import Score, Teacher
-from logitcask.engine.config.toml import to_toml
 
 
 @click.command("score")

@@ -14,8 +14,8 @@ from logitcask.cli.options import (
 )
 from logitcask.cli.output import print_event, print_result, print_table
 from logitcask.cli.progress import progress_bar
+from logitcask.engine.config.parse.toml import to_toml
 from logitcask.engine.config.sections import TrainConfig
-from logitcask.engine.config.toml import to_toml
 from logitcask.engine.config.training import Eval, Lora, Train
 
 

@@ -29,10 +29,10 @@ from logitcask.engine.ablate_table import (
 )
 from logitcask.engine.commands.resolve import snapshot_of
 from logitcask.engine.commands.train import check_train, held_out_set, run_train, scoring_seconds
-from logitcask.engine.config.other_names import keys_named, suggest
+from logitcask.engine.config.parse.other_names import keys_named, suggest
+from logitcask.engine.config.parse.toml import keys_of, validate
 from logitcask.engine.config.section import parse_value
 from logitcask.engine.config.sections import TrainConfig
-from logitcask.engine.config.toml import keys_of, validate
 from logitcask.engine.config.training import Ablate
 from logitcask.engine.errors import ConfigError, IntegrityError, LogitcaskError
 from logitcask.engine.events import EventHandler

@@ -21,7 +21,7 @@ LAYERS = [
     *("store/storage", "store/format", "store/log", "store", "store/transfer"),
     *("backends", "backends/vllm", "backends/server", "teachers"),
     *("rollout", "score", "packing", "metrics", "objectives"),
-    *("exchange", "probes", "tap", "training", "integrations"),
+    *("exchange", "estimate", "probes", "tap", "training", "integrations"),
     *("workers", "workers/ray", "commands", "distill", "ablate_table", "ablate", "demo"),
 ]
 

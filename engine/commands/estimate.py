@@ -6,8 +6,8 @@ from logitcask.engine.backends.base import close_backend
 from logitcask.engine.commands.load_teacher import backend, open_teacher
 from logitcask.engine.commands.resolve import grader_of, student_and_prompts
 from logitcask.engine.config.sections import EstimateConfig
+from logitcask.engine.estimate.estimate import Estimate, estimate
 from logitcask.engine.events import CancelToken, EventHandler
-from logitcask.engine.probes.estimate import Estimate, estimate
 from logitcask.engine.teachers.remote import is_remote
 from logitcask.engine.types import Progress, no_progress
 

@@ -12,8 +12,8 @@ from typing import Any
 from logitcask.engine.commands.load_teacher import live_backend
 from logitcask.engine.commands.resolve import rendering_of, student_of
 from logitcask.engine.commands.train import eval_plan, find_objective, held_out_set
+from logitcask.engine.config.parse.toml import validate
 from logitcask.engine.config.sections import EvaluateConfig
-from logitcask.engine.config.toml import validate
 from logitcask.engine.config.training import Lora
 from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.events import EventHandler, warn_once

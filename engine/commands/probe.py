@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from logitcask.engine.commands.resolve import snapshot_of, student_of
-from logitcask.engine.config.sections import PositionProbeConfig, ProbeConfig, RewardProbeConfig
+from logitcask.engine.config.probes import PositionProbeConfig, ProbeConfig, RewardProbeConfig
 from logitcask.engine.models.load import load_student, quiet
 from logitcask.engine.objectives import parse_objective
 from logitcask.engine.packing.batches import planned

@@ -6,8 +6,8 @@ from typing import Any, NoReturn
 
 from pydantic import Field, field_validator
 
+from logitcask.engine.config.parse.strict_json import parse_json
 from logitcask.engine.config.section import Positive, Section
-from logitcask.engine.config.strict_json import parse_json
 
 HUB = "hub:"
 """Beginning of a data set on the Hub, in place of a path: hub:ORG/NAME or hub:ORG/NAME@REVISION."""

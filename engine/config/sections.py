@@ -10,16 +10,7 @@ from logitcask.engine.config.prompts import Prompts
 from logitcask.engine.config.runner import LoopRunner, StageRunner
 from logitcask.engine.config.section import NAME, Name, Positive, Section
 from logitcask.engine.config.teacher import Score, Teacher, Work
-from logitcask.engine.config.training import (
-    Ablate,
-    Eval,
-    Loop,
-    Lora,
-    PositionProbe,
-    Probe,
-    RewardProbe,
-    Train,
-)
+from logitcask.engine.config.training import Ablate, Eval, Loop, Lora, Train
 from logitcask.engine.types import BATCH_TOKENS, SamplingParams
 
 
@@ -299,29 +290,6 @@ class EvaluateConfig(Section):
     eval: Eval = Eval()
     work: Work = Work()
     run: Run = Run()
-
-
-class ProbeConfig(Section):
-    """Sections of `logitcask probe metrics`."""
-
-    student: Student
-    store: StoreSection
-    probe: Probe = Probe()
-    run: Run = Run()
-
-
-class RewardProbeConfig(Section):
-    """Sections of `logitcask probe reward`."""
-
-    store: StoreSection
-    reward: RewardProbe = RewardProbe()
-
-
-class PositionProbeConfig(Section):
-    """Sections of `logitcask probe positions`."""
-
-    store: StoreSection
-    positions: PositionProbe = PositionProbe()
 
 
 class RunConfig(Section):

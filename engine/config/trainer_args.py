@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from logitcask.engine.config.other_names import SIMILAR
+from logitcask.engine.config.parse.other_names import SIMILAR
 from logitcask.engine.config.section import parse_value
 from logitcask.engine.errors import ConfigError
 

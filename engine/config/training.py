@@ -10,7 +10,7 @@ from logitcask.engine.config.prompts import Columns
 from logitcask.engine.config.section import Name, Names, Positive, Section, Share
 from logitcask.engine.config.trainer_args import check_optimizer_name, trainer_args
 from logitcask.engine.errors import ConfigError
-from logitcask.engine.types import PACK_LENGTH, SamplingParams
+from logitcask.engine.types import SamplingParams
 
 
 class Train(Section):
@@ -305,44 +305,6 @@ class Ablate(Section):
         description="The teacher's avg@n on the evaluation prompts, for the gap recovery (after - "
         "before) / (teacher - before).",
     )
-
-
-class Probe(Section):
-    teacher: Name | None = Field(
-        None, description="Whose scores to measure by; may be left out when the store has one."
-    )
-    snapshot: str | None = Field(
-        None, description="Log number or tag of the store to measure on; default: the newest."
-    )
-    bins: Positive = Field(
-        1, description="Ranges of positions in the response that are shown apart, equally wide."
-    )
-    pack_length: Positive = Field(
-        PACK_LENGTH,
-        description="Tokens of one pack, prompts included: one forward pass. Bounds memory.",
-    )
-
-
-class RewardProbe(Section):
-    teacher: Name | None = Field(
-        None, description="Whose scores to read; may be left out when the store has one."
-    )
-    snapshot: str | None = Field(
-        None, description="Log number or tag of the store to read; default: the newest."
-    )
-    correct_from: float = Field(
-        1.0, gt=0, le=1, description="Least reward of a response that counts as correct."
-    )
-
-
-class PositionProbe(Section):
-    teacher: Name | None = Field(
-        None, description="Whose scores to read; may be left out when the store has one."
-    )
-    snapshot: str | None = Field(
-        None, description="Log number or tag of the store to read; default: the newest."
-    )
-    bins: Positive = Field(8, description="Ranges of positions in the response, equally wide.")
 
 
 class Loop(Section):

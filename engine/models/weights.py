@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from logitcask.engine.config.strict_json import count_values
+from logitcask.engine.config.parse.strict_json import count_values
 from logitcask.engine.errors import ModelError
 from logitcask.engine.models.weight_files import weight_files
 

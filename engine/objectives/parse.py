@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from itertools import chain
 from typing import Any
 
-from logitcask.engine.config.other_names import suggest
+from logitcask.engine.config.parse.other_names import suggest
 from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.objectives.modifiers import MODIFIERS, Modifier
 from logitcask.engine.objectives.presets import PRESETS, Preset, with_fields

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from logitcask.engine.config.strict_json import parse_json
+from logitcask.engine.config.parse.strict_json import parse_json
 from logitcask.engine.errors import ConfigError, PromptError
 from logitcask.engine.prompts.lines import MAX_LINE_BYTES, Texts, refuse
 

@@ -5,8 +5,8 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, NoReturn
 
+from logitcask.engine.config.parse.strict_json import parse_json
 from logitcask.engine.config.prompts import Columns
-from logitcask.engine.config.strict_json import parse_json
 from logitcask.engine.errors import PromptError
 from logitcask.engine.prompts.templates import Renderer
 from logitcask.engine.types import Prompt

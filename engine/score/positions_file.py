@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from logitcask.engine.config.strict_json import parse_json
+from logitcask.engine.config.parse.strict_json import parse_json
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.models.identity import digest
 from logitcask.engine.prompts.lines import refuse

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from logitcask.cli.options import config_from_flags
+from logitcask.engine.config.parse.toml import read_job, read_toml, to_toml, validate
 from logitcask.engine.config.sections import RolloutConfig, RunConfig, ScoreConfig, TrainConfig
-from logitcask.engine.config.toml import read_job, read_toml, to_toml, validate
 from logitcask.engine.errors import ConfigError
 
 MINIMAL = """

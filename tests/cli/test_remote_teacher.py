@@ -14,8 +14,8 @@ import torch
 
 from logitcask.engine.backends.base import close_backend
 from logitcask.engine.commands.score import score_request
+from logitcask.engine.config.parse.toml import validate
 from logitcask.engine.config.sections import ScoreConfig
-from logitcask.engine.config.toml import validate
 from logitcask.engine.errors import IdentityError
 from logitcask.engine.events import CancelToken
 from logitcask.engine.score.planner import plan_scores

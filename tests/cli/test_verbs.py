@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from logitcask.engine.config.toml import read_toml
+from logitcask.engine.config.parse.toml import read_toml
 from logitcask.engine.objectives import PRESETS
 from tests.cli.conftest import NEW, ROLL, SCORE, TRAIN, UNITS, N, World
 from tests.engine.tiny import make_model, save_folder

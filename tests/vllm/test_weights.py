@@ -16,8 +16,8 @@ from logitcask.engine.backends.vllm.backend import VLLM
 from logitcask.engine.backends.vllm.engine import Engine
 from logitcask.engine.backends.vllm.reload import config_change, is_compared
 from logitcask.engine.commands.worker import watch_rollouts
+from logitcask.engine.config.parse.toml import validate
 from logitcask.engine.config.sections import RolloutConfig
-from logitcask.engine.config.toml import validate
 from logitcask.engine.errors import ModelError
 from logitcask.engine.models.identity import write_metadata
 from logitcask.engine.store import open_store

@@ -10,7 +10,7 @@ import numpy as np
 import logitcask.engine.store.format.codecs as codecs
 import logitcask.engine.store.format.ragged as ragged
 import logitcask.engine.store.format.schema as schema
-from logitcask.engine.config.strict_json import count_values
+from logitcask.engine.config.parse.strict_json import count_values
 from logitcask.engine.errors import StoreError
 from logitcask.engine.models.identity import canonical
 from logitcask.engine.types import Array, Draws, Prompt, Rollouts, Scores

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import logitcask.engine.store.format.schema as schema
-from logitcask.engine.config.strict_json import count_values
+from logitcask.engine.config.parse.strict_json import count_values
 from logitcask.engine.errors import IntegrityError
 from logitcask.engine.models.identity import canonical
 from logitcask.engine.store.format.entry import sha256

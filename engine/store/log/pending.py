@@ -21,7 +21,7 @@ from contextlib import suppress
 
 import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.log.record as record
-from logitcask.engine.config.strict_json import count_values
+from logitcask.engine.config.parse.strict_json import count_values
 from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
 from logitcask.engine.models.identity import canonical
 from logitcask.engine.store.format.entry import Segment

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.log.bundles as bundles
 import logitcask.engine.store.log.record as record
-from logitcask.engine.config.strict_json import count_values
+from logitcask.engine.config.parse.strict_json import count_values
 from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
 from logitcask.engine.models.fingerprint import compare_records
 from logitcask.engine.models.identity import canonical

@@ -14,7 +14,7 @@ from typing import Any
 import logitcask.engine.store.format.codecs as codecs
 import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.format.segment as segments
-from logitcask.engine.config.strict_json import count_values
+from logitcask.engine.config.parse.strict_json import count_values
 from logitcask.engine.errors import ConfigError, IntegrityError, StoreError
 from logitcask.engine.models.identity import canonical
 from logitcask.engine.store.format.entry import Segment, SegmentBody, content_address, sha256

@@ -14,8 +14,8 @@ from logitcask.engine.backends.hf import HF
 from logitcask.engine.commands.rollout import run_rollout
 from logitcask.engine.commands.score import run_score
 from logitcask.engine.commands.worker import watch_rollouts, watch_scores
+from logitcask.engine.config.parse.toml import validate
 from logitcask.engine.config.sections import RolloutConfig, ScoreConfig
-from logitcask.engine.config.toml import validate
 from logitcask.engine.errors import (
     ConfigError,
     IdentityError,

@@ -1,8 +1,8 @@
 """Suggestions for unknown names: keys of ours, found by each name of another library."""
 
-from logitcask.engine.config.other_names import OTHER_NAMES, keys_named, suggest
+from logitcask.engine.config.parse.other_names import OTHER_NAMES, keys_named, suggest
+from logitcask.engine.config.parse.toml import keys_of
 from logitcask.engine.config.sections import RolloutConfig, RunConfig, ScoreConfig
-from logitcask.engine.config.toml import keys_of
 from logitcask.engine.objectives import PRESETS
 from logitcask.engine.objectives.parse import OTHER_NAMES as OF_OBJECTIVES
 from logitcask.engine.objectives.parse import preset_hint

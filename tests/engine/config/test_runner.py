@@ -2,8 +2,8 @@
 
 import pytest
 
+from logitcask.engine.config.parse.toml import validate
 from logitcask.engine.config.runner import LoopRunner
-from logitcask.engine.config.toml import validate
 from logitcask.engine.errors import ConfigError
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logitcask.engine.config.strict_json import parse_json
+from logitcask.engine.config.parse.strict_json import parse_json
 
 VALUES = st.recursive(
     st.none() | st.integers() | st.text(max_size=5) | st.floats(-1e300, 1e300),

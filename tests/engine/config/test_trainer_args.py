@@ -10,8 +10,8 @@ from transformers.training_args import OptimizerNames
 
 from logitcask.cli.options import config_from_flags
 from logitcask.engine.ablate import combinations
+from logitcask.engine.config.parse.toml import keys_of, read_job, to_toml
 from logitcask.engine.config.sections import RunConfig, TrainConfig
-from logitcask.engine.config.toml import keys_of, read_job, to_toml
 from logitcask.engine.config.trainer_args import (
     OPTIMIZERS,
     OURS,

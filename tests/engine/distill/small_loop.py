@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from logitcask.engine.config.parse.toml import read_toml
 from logitcask.engine.config.sections import RunConfig
-from logitcask.engine.config.toml import read_toml
 from tests.engine.tiny import make_model, save_folder
 
 ROUNDS, UPDATES = 4, 2

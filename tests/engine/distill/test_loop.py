@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import logitcask.engine.distill.on_policy_rows as loop
 from logitcask.engine.commands.train import run_train
+from logitcask.engine.config.parse.toml import read_toml
 from logitcask.engine.config.sections import RunConfig, Student, TrainConfig
-from logitcask.engine.config.toml import read_toml
 from logitcask.engine.distill.loop import distill
 from logitcask.engine.distill.on_policy_rows import OnPolicyRows, deal
 from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError

@@ -23,7 +23,7 @@ import pytest
 from safetensors.torch import load_file
 
 import logitcask.engine.distill.processes as runner
-from logitcask.engine.config.toml import read_toml
+from logitcask.engine.config.parse.toml import read_toml
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.store import open_store
 from logitcask.engine.store.verify import verify

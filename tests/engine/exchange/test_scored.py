@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from logitcask.engine.commands.adopt import run_import
+from logitcask.engine.config.parse.toml import validate
 from logitcask.engine.config.sections import ImportConfig
-from logitcask.engine.config.toml import validate
 from logitcask.engine.errors import ConfigError, ObjectiveError, PromptError
 from logitcask.engine.exchange.chat import TextReader
 from logitcask.engine.exchange.files import Files

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from logitcask.engine.commands.probe import run_position_probe
-from logitcask.engine.config.sections import PositionProbeConfig
+from logitcask.engine.config.probes import PositionProbeConfig
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.exchange.positions import positions
 from logitcask.engine.probes.positions import MEASURES

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitcask.engine.commands.probe import run_reward_probe
-from logitcask.engine.config.sections import RewardProbeConfig
+from logitcask.engine.config.probes import RewardProbeConfig
 from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.exchange.positions import positions
 from logitcask.engine.probes.reward import auroc, sequence_rewards

@@ -8,8 +8,8 @@ import pytest
 from logitcask.engine.commands.rollout import run_rollout
 from logitcask.engine.commands.score import run_score
 from logitcask.engine.commands.train import run_train
+from logitcask.engine.config.parse.toml import validate
 from logitcask.engine.config.sections import RolloutConfig, ScoreConfig, TrainConfig
-from logitcask.engine.config.toml import validate
 from tests.engine.tiny import save_folder
 from tests.models.build import make_family
 

@@ -14,8 +14,8 @@ from unittest.mock import Mock
 import pytest
 from safetensors.torch import load_file
 
+from logitcask.engine.config.parse.toml import validate
 from logitcask.engine.config.sections import EstimateConfig, RunConfig, ScoreConfig
-from logitcask.engine.config.toml import validate
 from logitcask.engine.distill.loop import distill
 from logitcask.engine.distill.roles import Role, train_role
 from logitcask.engine.distill.teacher import refreshes

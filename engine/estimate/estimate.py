@@ -24,8 +24,8 @@ import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.format.segment as segments
 from logitcask.engine.backends.logprob_diff import select_sequences
 from logitcask.engine.errors import IncompleteError
-from logitcask.engine.probes.full_scores import FullScores, full_scores
-from logitcask.engine.probes.requests import store_requests
+from logitcask.engine.estimate.full_scores import FullScores, full_scores
+from logitcask.engine.estimate.requests import store_requests
 from logitcask.engine.prompts.graders import Grader
 from logitcask.engine.rollout.unit import UNIT_POSITIONS, default_unit, draw, mc_params
 from logitcask.engine.teachers.token_maps import SharedVocabulary

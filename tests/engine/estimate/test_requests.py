@@ -7,7 +7,7 @@ import obstore
 import pytest
 from obstore.store import MemoryStore
 
-from logitcask.engine.probes.requests import store_requests
+from logitcask.engine.estimate.requests import store_requests
 from logitcask.engine.store.storage.object_store import ObjectStorage
 from logitcask.engine.store.store import open_on
 from tests.engine.store.made import commit_rollouts, commit_scores, encode_once

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from logitcask.engine.config.other_names import keys_named, suggest
+from logitcask.engine.config.parse.other_names import keys_named, suggest
 from logitcask.engine.config.prompts import is_hub
 from logitcask.engine.config.section import Section, parse_value
 from logitcask.engine.config.sections import RunConfig

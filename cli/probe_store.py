@@ -1,0 +1,79 @@
+"""`logitcask probe`: measurements that read a store alone."""
+
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+
+from logitcask.cli.options import config_from_flags, config_options, format_option
+from logitcask.cli.output import print_result, print_table
+from logitcask.engine.config.probes import (
+    PositionProbe,
+    PositionProbeConfig,
+    RewardProbe,
+    RewardProbeConfig,
+)
+
+figure_option = click.option(
+    "--figure",
+    type=click.Path(path_type=Path),
+    help="File for the picture: .svg, .png or .pdf. Needs the extra figures.",
+    panel="Measurement",
+)
+
+
+@click.command("reward")
+@config_options(
+    RewardProbeConfig,
+    {"store": ["url", "rollouts"], "reward": list(RewardProbe.model_fields)},
+)
+@figure_option
+@format_option
+def reward_command(form: str, figure: Path | None, **flags: Any) -> None:
+    """Compare the teacher's reward of correct and incorrect responses.
+
+    The reward of a response is its mean of log q - log p, teacher less sampling student, in nats a
+    token. AUROC is the probability that a correct response has a larger one than an incorrect one;
+    standard errors are over prompts. Reads the store alone: no model is loaded.
+
+    Example: logitcask probe reward --store ./store --figure reward.svg
+    """
+    from logitcask.engine.commands.probe import run_reward_probe
+
+    print_result(run_reward_probe(config_from_flags(RewardProbeConfig, flags), figure), form)
+
+
+@click.command("positions")
+@config_options(
+    PositionProbeConfig,
+    {"store": ["url", "rollouts"], "positions": list(PositionProbe.model_fields)},
+)
+@figure_option
+@format_option
+def positions_command(form: str, figure: Path | None, **flags: Any) -> None:
+    """Measure teacher and sampling student by position in the response.
+
+    Entropies, KL and overlap of each range of positions; with --format json of each version of the
+    student too. Reads the store alone: no model is loaded.
+
+    Example: logitcask probe positions --store ./store --bins 4 --figure positions.svg
+    """
+    from dataclasses import asdict
+
+    from logitcask.engine.commands.probe import run_position_probe
+
+    report = run_position_probe(config_from_flags(PositionProbeConfig, flags), figure)
+    if form == "json":
+        print_result(asdict(report), form)
+        return
+    heads = [f"{each.start}..{each.end - 1}" for each in report.ranges]
+    rows: dict[str, list[float | None]] = {"rows": [float(each.rows) for each in report.ranges]}
+    rows |= {name: [each.means[name] for each in report.ranges] for name in report.ranges[0].means}
+    print_table(
+        [{"metric": name, **dict(zip(heads, row, strict=True))} for name, row in rows.items()],
+        form,
+    )
+    click.echo(f"overlap at k = {report.k}; {report.reading}")
+
+
+STORE_PROBES = [reward_command, positions_command]

@@ -1,0 +1,1 @@
+"""Reading of TOML files and JSON, and spelling of unknown keys."""

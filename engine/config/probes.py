@@ -1,0 +1,61 @@
+"""Sections of `logitcask probe`, and what each of its commands needs of all."""
+
+from pydantic import Field
+
+from logitcask.engine.config.section import Name, Positive, Section
+from logitcask.engine.config.sections import Run, StoreSection, Student
+from logitcask.engine.types import PACK_LENGTH
+
+
+class StoredScores(Section):
+    """Scores that a probe reads."""
+
+    teacher: Name | None = Field(
+        None, description="Whose scores to read; may be left out when the store has one."
+    )
+    snapshot: str | None = Field(
+        None, description="Log number or tag of the store to read; default: the newest."
+    )
+
+
+class Probe(StoredScores):
+    bins: Positive = Field(
+        1, description="Ranges of positions in the response that are shown apart, equally wide."
+    )
+    pack_length: Positive = Field(
+        PACK_LENGTH,
+        description="Tokens of one pack, prompts included: one forward pass. Bounds memory.",
+    )
+
+
+class RewardProbe(StoredScores):
+    correct_from: float = Field(
+        1.0, gt=0, le=1, description="Least reward of a response that counts as correct."
+    )
+
+
+class PositionProbe(StoredScores):
+    bins: Positive = Field(8, description="Ranges of positions in the response, equally wide.")
+
+
+class ProbeConfig(Section):
+    """Sections of `logitcask probe metrics`."""
+
+    student: Student
+    store: StoreSection
+    probe: Probe = Probe()
+    run: Run = Run()
+
+
+class RewardProbeConfig(Section):
+    """Sections of `logitcask probe reward`."""
+
+    store: StoreSection
+    reward: RewardProbe = RewardProbe()
+
+
+class PositionProbeConfig(Section):
+    """Sections of `logitcask probe positions`."""
+
+    store: StoreSection
+    positions: PositionProbe = PositionProbe()

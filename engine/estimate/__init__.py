@@ -1,0 +1,1 @@
+"""Cost of a distillation before it is paid for: bytes, seconds and requests."""
