@@ -15,8 +15,8 @@ from logitcask.engine.config.parse.other_names import suggest
 from logitcask.engine.errors import LogitcaskError
 
 VERBS = (
-    *("rollout", "import", "score", "tap", "train", "distill", "ablate", "objectives"),
-    *("evaluate", "store", "probe", "doctor", "demo", "bench"),
+    *("rollout", "import", "score", "tap", "train", "distill", "recipe", "ablate"),
+    *("objectives", "evaluate", "store", "probe", "doctor", "demo", "bench"),
 )
 """In the order of the data. The module of a verb is cli/VERB.py, imported when it is used."""
 

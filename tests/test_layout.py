@@ -22,7 +22,7 @@ LAYERS = [
     *("backends", "backends/vllm", "backends/server", "teachers"),
     *("rollout", "score", "packing", "metrics", "objectives"),
     *("exchange", "estimate", "probes", "tap", "training", "integrations"),
-    *("workers", "workers/ray", "commands", "distill", "ablate_table", "ablate", "demo"),
+    *("workers", "workers/ray", "commands", "distill", "recipes", "ablate_table", "ablate", "demo"),
 ]
 
 FENCES = {
@@ -82,6 +82,8 @@ VERBS = [
         "probe metrics",
         "probe positions",
         "probe reward",
+        "recipe",
+        "recipe reverse",
         "store verify",
         "store gc",
         "store estimate",
