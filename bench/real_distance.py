@@ -74,7 +74,7 @@ class Measurement:
 
     @cached_property
     def held_out(self) -> dict[str, tuple[Texts, list[Tensor]]]:
-        """Sampler -> its texts, always the same, and the teacher's log-probs there."""
+        """Return sampler -> its texts, always the same, and the teacher's log-probs there."""
         chats = Chats(self.place / "held_out.jsonl", self.place / "teacher")
         models = {name: load(self.place / name) for name in TEXTS}
         texts = {n: chats.texts(each, NEW_TOKENS, sample=True) for n, each in models.items()}
@@ -82,7 +82,7 @@ class Measurement:
 
     @cached_property
     def graded(self) -> Chats:
-        """Chats with an answer."""
+        """Return the chats with an answer."""
         return Chats(self.place / "graded.jsonl", self.place / "teacher")
 
     def of(self, folder: Path) -> dict[str, Any]:

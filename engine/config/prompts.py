@@ -1,4 +1,4 @@
-"""Sections of prompts: where they are read, by which columns, and how they are rendered."""
+"""Sections of prompts: where they are read, by which columns, how they are rendered and graded."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,19 @@ from logitcask.engine.config.section import Positive, Section
 
 HUB = "hub:"
 """Beginning of a data set on the Hub, in place of a path: hub:ORG/NAME or hub:ORG/NAME@REVISION."""
+GRADER_NAMES = {
+    "exact": 'its last \\boxed{}, "Answer:", "####" or line is the prompt\'s "answer"',
+    "contains": "it contains the words of the answer",
+    "normalised": "its final answer is equal after case, blanks, LaTeX and the form of numbers",
+}
+"""Name -> when a response is right. The functions: engine/prompts/graders.py."""
+
+LISTED_GRADERS = ", ".join(map(repr, GRADER_NAMES))
+GRADER_MEANINGS = (
+    "; ".join(f"{name} = {meaning}" for name, meaning in GRADER_NAMES.items())
+    + "; or MODULE:FUNCTION, installed code called with (prompt, response)."
+)
+"""For the help of a key that names a grader."""
 
 
 class Columns(Section):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from logitcask.engine.config.loop import LoopScore, LoopTeacher
-from logitcask.engine.config.prompts import Prompts
+from logitcask.engine.config.prompts import GRADER_MEANINGS, Prompts
 from logitcask.engine.config.runner import LoopRunner, StageRunner
 from logitcask.engine.config.section import NAME, Name, Positive, Section
 from logitcask.engine.config.teacher import Score, Teacher, Work
@@ -54,9 +54,8 @@ class Rollout(SamplingParams):
     )
     grader: str = Field(
         "",
-        description="Grader that gives each response a reward in [0, 1], stored with it: exact = "
-        'its last \\boxed{}, "Answer:", "####" or line is the prompt\'s "answer"; or '
-        "MODULE:FUNCTION, installed code called with (prompt, response). Empty = no rewards.",
+        description="Grader that gives each response a reward in [0, 1], stored with it: "
+        f"{GRADER_MEANINGS} Empty = no rewards.",
     )
     unit_prompts: int = Field(
         0,

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from logitcask.engine.config.prompts import Columns
+from logitcask.engine.config.prompts import GRADER_MEANINGS, Columns
 from logitcask.engine.config.section import Name, Names, Positive, Section, Share
 from logitcask.engine.config.trainer_args import check_optimizer_name, trainer_args
 from logitcask.engine.errors import ConfigError
@@ -270,9 +270,7 @@ class Eval(SamplingParams, Columns):
     )
     grader: str = Field(
         "exact",
-        description="Grader of the responses, rewards in [0, 1]: exact = the response's last "
-        '\\boxed{}, "Answer:", "####" or line is the prompt\'s "answer"; or MODULE:FUNCTION, '
-        "installed code called with (prompt, response).",
+        description=f"Grader of the responses, rewards in [0, 1]: {GRADER_MEANINGS}",
     )
     every: int = Field(
         0, ge=0, description="Evaluate also every so many updates; 0 = at both ends only."

@@ -1,10 +1,9 @@
 """Graders: a prompt and the text of a response -> a reward in [0, 1].
 
-`exact` compares a response's final answer with the prompt's "answer". MODULE:FUNCTION names
-installed code of the user, which is as trusted as the configuration that names it.
+GRADERS compare with the prompt's "answer". MODULE:FUNCTION names installed code of the user, which
+is as trusted as the configuration that names it.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -14,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from logitcask.engine.config.prompts import GRADER_NAMES, LISTED_GRADERS
 from logitcask.engine.errors import ConfigError, GraderError, PromptError
+from logitcask.engine.prompts.answers import contains_words, final_answer, normal_form, words
 from logitcask.engine.types import Array, Prompt, Rollouts
 
 RewardFn = Callable[[Prompt, str], float]
@@ -22,8 +23,6 @@ RewardFn = Callable[[Prompt, str], float]
 
 Decode = Callable[[list[int]], str]
 """Token ids -> text without special tokens."""
-
-EXACT = "exact"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,64 +46,67 @@ class Grader:
 def open_grader(name: str, prompts: Sequence[Prompt]) -> RewardFn:
     """Return the reward function of that name for these prompts; its rewards are checked.
 
-    Raises ConfigError for code that is missing or takes other arguments, PromptError where `exact`
-    has no answer to compare with. The function itself raises GraderError.
+    Raises ConfigError for code that is missing or takes other arguments, PromptError where one of
+    GRADERS has no answer to compare with. The function itself raises GraderError.
     """
-    if name == EXACT:
-        for prompt in prompts:
-            if prompt.answer is None:
-                raise PromptError(
-                    f"prompt {prompt.id!r} has no answer, and grader {EXACT!r} compares with it",
-                    hint='give every line an "answer", or name a MODULE:FUNCTION as grader',
-                )
-        return exact
-    return _checked(name, _imported(name))
+    if name not in GRADERS:
+        return _checked(name, _imported(name))
+    for prompt in prompts:
+        if prompt.answer is None:
+            raise PromptError(
+                f"prompt {prompt.id!r} has no answer, and grader {name!r} compares with it",
+                hint='give every line an "answer", or name a MODULE:FUNCTION as grader',
+            )
+        if name == "contains" and not words(prompt.answer):
+            raise PromptError(
+                f"the answer {prompt.answer!r} of prompt {prompt.id!r} has no word, and grader "
+                f"{name!r} compares words",
+                hint="grade with exact or normalised, or with a MODULE:FUNCTION",
+            )
+        if name == "normalised" and not final_answer(prompt.answer):
+            raise PromptError(
+                f"the answer {prompt.answer!r} of prompt {prompt.id!r} is empty, so that every "
+                f"empty response were right for grader {name!r}",
+                hint='give every line an "answer", or name a MODULE:FUNCTION as grader',
+            )
+    return GRADERS[name]
 
 
 def exact(prompt: Prompt, response: str) -> float:
     """Return 1 if the final answers of response and prompt are equal, else 0."""
-    assert prompt.answer is not None, "open_grader"
-    return float(final_answer(response) == final_answer(prompt.answer))
+    return float(final_answer(response) == final_answer(_answer(prompt)))
 
 
-def final_answer(text: str) -> str:
-    r"""Return the text in the last \boxed{...}, else after the last "Answer:" or "####" of a line,
-    else the last line that is not blank.
+def normalised(prompt: Prompt, response: str) -> float:
+    """Return 1 if the normal forms of both final answers are equal, else 0; at least `exact`."""
+    ours, right = (normal_form(final_answer(text)) for text in (response, _answer(prompt)))
+    return float(ours == right)
 
-    Surrounding $ and one full stop at the end are removed, and runs of blanks become one. Numbers
-    are text: 1,000 is not 1000.
+
+def contains(prompt: Prompt, response: str) -> float:
+    """Return 1 if the words of the prompt's answer follow one another in the response, else 0.
+
+    A response that names several answers has all of them.
     """
-    found = _boxed(text)
-    if found is None:
-        marked = _MARKED.findall(text)
-        lines = [line for line in text.splitlines() if line.strip()]
-        found = marked[-1] if marked else lines[-1] if lines else ""
-    plain = " ".join(found.split()).removesuffix(".").rstrip()
-    if len(plain) > 1 and plain[0] == plain[-1] == "$":
-        plain = plain.strip("$").strip()
-    return plain
+    return float(contains_words(response, _answer(prompt)))
 
 
-_MARKED = re.compile(r"(?:\banswer\s*:|####)[ \t]*(\S.*)", re.IGNORECASE)
+GRADERS: dict[str, RewardFn] = {"exact": exact, "contains": contains, "normalised": normalised}
+"""Name -> grader that compares with the prompt's answer; GRADER_NAMES in config describes them."""
 
 
-def _boxed(text: str) -> str | None:
-    """Return the text in the last \\boxed{...} whose braces balance."""
-    for start in reversed([found.end() for found in re.finditer(r"\\boxed\s*\{", text)]):
-        depth = 1
-        for end in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if not depth:
-                return text[start:end]
-    return None
+def _answer(prompt: Prompt) -> str:
+    assert prompt.answer is not None, "open_grader"
+    return prompt.answer
 
 
 def _imported(name: str) -> Callable[..., Any]:
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ConfigError(
-            f"grader {name!r} is neither {EXACT!r} nor MODULE:FUNCTION",
-            hint=f"give --grader {EXACT}, or a function such as mypackage.grading:grade",
+            f"grader {name!r} is neither {LISTED_GRADERS} nor MODULE:FUNCTION",
+            hint=f"give --grader {next(iter(GRADER_NAMES))}, or a function such as "
+            "mypackage.grading:grade",
         )
     try:
         function = getattr(import_module(module), attribute)

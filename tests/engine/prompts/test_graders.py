@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitcask.engine.errors import ConfigError, GraderError, PromptError
-from logitcask.engine.prompts.graders import exact, final_answer, open_grader
+from logitcask.engine.prompts.answers import final_answer
+from logitcask.engine.prompts.graders import exact, open_grader
 from logitcask.engine.types import Prompt
 
 
@@ -75,7 +76,7 @@ def test_a_function_of_the_user(grader: str) -> None:
 @pytest.mark.parametrize(
     ("name", "cause"),
     [
-        ("nearly", "neither 'exact' nor MODULE:FUNCTION"),
+        ("nearly", "neither 'exact', 'contains', 'normalised' nor MODULE:FUNCTION"),
         (":half", "neither"),
         ("no_such_module:half", "no_such_module cannot be imported"),
         ("GRADING:hal", "has no hal"),
