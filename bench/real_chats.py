@@ -117,12 +117,6 @@ def chats(rng: random.Random) -> tuple[list[str], list[str], list[tuple[str, str
     return train, held_out, graded
 
 
-def is_right(answer: str, response: str) -> bool:
-    """Return True if the words of a response contain the answer."""
-    words = "".join(each if each.isalnum() else " " for each in response.lower()).split()
-    return answer.lower() in words
-
-
 def _divide(rng: random.Random, items: list, kind: str) -> tuple[list, list]:
     """Return (training items, others)."""
     mixed = rng.sample(items, len(items))

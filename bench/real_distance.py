@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from real_chats import is_right
 from real_sums import MEASURES, TEXTS
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from logitcask.engine.prompts.answers import contains_words
 
 NEW_TOKENS, GRADED_TOKENS = 48, 16
 """Of a held-out text, and of a graded response."""
@@ -93,7 +94,7 @@ class Measurement:
         rows = zip(self.graded.rows, responses, strict=True)
         return {
             "sums": {name: distances(model, *each) for name, each in self.held_out.items()},
-            "marks": [int(is_right(row["answer"], response)) for row, response in rows],
+            "marks": [int(contains_words(response, row["answer"])) for row, response in rows],
             "responses": responses,
             "cpu_s": round(time.process_time() - start, 1),
         }

@@ -90,7 +90,7 @@ def _check_rewards(objective: Objective, cache: CacheInfo) -> None:
     if not cache.rewards:
         raise ObjectiveError(
             "modifier 'reward' needs the rewards of the responses, and these rollouts have none",
-            hint="sample again, under another name, with --grader, such as exact",
+            hint="sample again, under another name, with --grader exact or another one",
         )
     if cache.samples < 2:
         raise ObjectiveError(

@@ -142,8 +142,8 @@ def words(text: str) -> list[str]:
 
 def contains_words(text: str, answer: str) -> bool:
     """Return whether the words of an answer follow one another in a text; False without any."""
-    wanted = words(answer)
-    return bool(wanted) and f" {' '.join(wanted)} " in f" {' '.join(words(text))} "
+    found = words(answer)
+    return bool(found) and f" {' '.join(found)} " in f" {' '.join(words(text))} "
 
 
 _PART = r"[^\s.,/:\-]"

@@ -68,7 +68,7 @@ CASES = [
     ("5", "2-5", True),
     ("1,000", "1,000 of them", True),
     ("1000", "1,000 of them", False),
-    ("caf\u00e9", "Le CAFE\u0301!", True),
+    ("\u00e9t\u00e9", "L'\u00c9TE\u0301!", True),
     ("stra\u00dfe", "die STRASSE", True),
     ("\u6771\u4eac", "\u9996\u90fd\u306f\u6771\u4eac\u3067\u3059", True),
     ("\u4eac\u6771", "\u6771\u4eac", False),
@@ -125,7 +125,7 @@ def test_an_answer_that_cannot_be_compared_is_refused(name: str, answer: str, ca
 
 
 def test_long_hostile_responses_end() -> None:
-    """A quadratic way would run into the timeout of the test."""
+    """Run into no timeout, as a quadratic way would."""
     for part in ("\\boxed{", "{", "**", "\\text{", "1,", "5 ^ { "):
         response = part * (100_000 // len(part))
         for grade in (exact, normalised, contains):
