@@ -7,22 +7,30 @@ from typing import Any, cast
 import rich_click as click
 
 from logitcask.cli.options import (
-    config_file_arguments,
     config_options,
     dry_run_option,
     format_option,
+    set_option,
 )
 from logitcask.cli.output import print_event, print_result
 from logitcask.cli.progress import progress_bar
 from logitcask.cli.worker import stop_at_sigterm
-from logitcask.engine.config.parse.toml import read_toml, to_toml
+from logitcask.engine.config.parse.toml import to_toml
 from logitcask.engine.config.sections import RunConfig
+from logitcask.engine.recipes.named import load_recipe, read_recipe
 
 NAME_WIDTH = len("rollout-0")
 
 
 @click.command("distill")
-@config_file_arguments
+@click.argument("config", type=click.Path(path_type=Path), required=False)
+@set_option
+@click.option(
+    "--recipe",
+    metavar="NAME",
+    help="Begin with the named settings of a recipe; keys of CONFIG and of --set override them. "
+    "`logitcask recipe list` shows all. With --dry-run nothing is downloaded then.",
+)
 @config_options(RunConfig, {"runner": ["kind"]})
 @click.option(
     "--role",
@@ -39,8 +47,9 @@ NAME_WIDTH = len("rollout-0")
 @format_option
 @dry_run_option
 def distill_command(
-    config: Path,
+    config: Path | None,
     overrides: tuple[str, ...],
+    recipe: str | None,
     runner__kind: str | None,
     role: str | None,
     index: int | None,
@@ -57,13 +66,24 @@ def distill_command(
     they die; with --runner ray, in actors of a Ray cluster.
 
     The file CONFIG takes the keys that are flags of rollout, score and train, and those of [loop]
-    and [runner]. --dry-run prints all of them with their values.
+    and [runner]. --dry-run prints all of them with their values. With --recipe it may be left out,
+    and needs no key that the recipe sets.
 
-    Example: logitcask distill distill.toml --set train.lr=1e-5
+    Example: logitcask distill distill.toml --set train.learning_rate=1e-5
     """
     if runner__kind is not None:
         overrides = (*overrides, f"runner.kind={runner__kind}")
-    resolved = read_toml(config, overrides)
+    if config is None and recipe is None:
+        raise click.UsageError(
+            "give CONFIG, a TOML file, or --recipe NAME", click.get_current_context()
+        )
+    if dry_run and recipe is not None:
+        from logitcask.engine.recipes.dry_run import check_recipe
+
+        checked, missing = check_recipe(load_recipe(recipe).tables, config, overrides, print_event)
+        click.echo(to_toml(checked, missing))
+        return
+    resolved = read_recipe(recipe, config, overrides)
     if dry_run:
         from logitcask.engine.commands.prove import prove
 
@@ -77,7 +97,8 @@ def distill_command(
         from logitcask.engine.distill.processes import run_processes
 
         sets = [word for text in overrides for word in ("--set", text)]
-        words = [str(config), *sets, "--format", form]
+        file = [] if config is None else [str(config)]
+        words = [*file, *(["--recipe", recipe] if recipe else []), *sets, "--format", form]
         on_line = _print_line if form == "text" else None
         click.echo(run_processes(resolved, words, on_event=print_event, on_line=on_line), nl=False)
         return

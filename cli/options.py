@@ -131,16 +131,18 @@ dry_run_option = click.option(
 )
 
 
+set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Override a key of the file; repeatable.",
+)
+
+
 def config_file_arguments(function: F) -> F:
     """Add the argument CONFIG, a TOML file, and `--set` to override its keys."""
-    overrides = click.option(
-        "--set",
-        "overrides",
-        multiple=True,
-        metavar="SECTION.KEY=VALUE",
-        help="Override a key of the file; repeatable.",
-    )
-    return click.argument("config", type=click.Path(path_type=Path))(overrides(function))
+    return click.argument("config", type=click.Path(path_type=Path))(set_option(function))
 
 
 def _option(section: str, name: str, field: FieldInfo) -> Callable[[F], F]:

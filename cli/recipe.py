@@ -6,6 +6,7 @@ import rich_click as click
 
 from logitcask.cli.options import config_file_arguments, dry_run_option, format_option
 from logitcask.cli.output import print_event, print_result
+from logitcask.cli.recipe_named import NAMED
 from logitcask.engine.config.parse.toml import read_toml, to_toml
 
 
@@ -16,8 +17,14 @@ def recipe_command() -> None:
     Each recipe reads the TOML file of `distill`, so one file describes the distillation and its
     controls.
 
+    `list` and `show` are of named settings, with which `distill --recipe NAME` begins.
+
     Example: logitcask recipe reverse distill.toml --out reverse.toml
     """
+
+
+for _command in NAMED:
+    recipe_command.add_command(_command)
 
 
 @recipe_command.command("reverse")
@@ -59,6 +66,7 @@ def reverse_command(
         distill_command.callback(
             config=out,
             overrides=(),
+            recipe=None,
             runner__kind=None,
             role=None,
             index=None,

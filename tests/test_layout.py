@@ -84,6 +84,8 @@ VERBS = [
         "probe reward",
         "recipe",
         "recipe reverse",
+        "recipe list",
+        "recipe show",
         "store verify",
         "store gc",
         "store estimate",

@@ -44,7 +44,6 @@ _NOT_IN_A_LOOP: tuple[tuple[str, type[Section], tuple[str, ...], str], ...] = (
 def check_loop(config: RunConfig, prompts: list[Prompt]) -> None:
     """Raise ConfigError for a configuration that no loop can run."""
     longest, budget = longest_of(config, prompts), pack_length(config.train)
-    sequences = config.loop.prompts_per_round * config.rollout.n
     if config.loop.prompts_per_round > len(prompts):
         raise ConfigError(
             f"loop.prompts_per_round = {config.loop.prompts_per_round}: the file has "
@@ -57,6 +56,12 @@ def check_loop(config: RunConfig, prompts: list[Prompt]) -> None:
             f"{longest} tokens, and a sequence never spans packs",
             hint=f"set train.pack_length to {longest} or more, or lower rollout.max_new_tokens",
         )
+    check_keys(config)
+
+
+def check_keys(config: RunConfig) -> None:
+    """Raise ConfigError for keys that no loop can run with, whatever its prompts and models are."""
+    sequences = config.loop.prompts_per_round * config.rollout.n
     if config.loop.updates_per_round > sequences:
         raise ConfigError(
             f"loop.updates_per_round = {config.loop.updates_per_round}: a round has {sequences} "

@@ -121,29 +121,53 @@ class LoopInput:
 
     def exactness(self, params: ScoreParams, *, bounds: bool) -> ExactnessReport:
         """Check the objective against the scores of a round; bounds: entropies are intervals."""
-        config = self.config
-        return check_exactness(
+        model = self.model
+        return loop_exactness(
+            self.config,
             self.preset,
-            CacheInfo(
-                student_k=config.rollout.student_topk,
-                k_min=config.score.teacher_topk_min,
-                k_max=config.score.teacher_topk_max,
-                n_vocab=self.model.n_vocab,
-                at_student=params.at_student,
-                at_mc=config.score.extra_ids == MC_IDS,
-                q_draws=config.score.draws,
-                versions=(),  # a new one every round
-                student_version=self.model.version,
-                same_base_weights=True,
-                same_template=True,
-                plain_sampling=config.rollout.is_plain(),
-                rewards=config.rollout.grader != "",
-                samples=config.rollout.n,
-                entropy_bounds=bounds,
-                max_age=config.loop.max_age,
-                scored="" if config.score.positions == ALL_POSITIONS else config.score.positions,
-            ),
+            params,
+            n_vocab=model.n_vocab,
+            version=model.version,
+            bounds=bounds,
         )
+
+
+def loop_exactness(
+    config: RunConfig,
+    preset: Preset,
+    params: ScoreParams,
+    *,
+    n_vocab: int,
+    version: int = 0,
+    bounds: bool = False,
+) -> ExactnessReport:
+    """Check an objective against the scores that a round of a loop will have.
+
+    n_vocab, version: of the student; bounds: entropies are intervals. Raises ObjectiveError.
+    """
+    return check_exactness(
+        preset,
+        CacheInfo(
+            student_k=config.rollout.student_topk,
+            k_min=config.score.teacher_topk_min,
+            k_max=config.score.teacher_topk_max,
+            n_vocab=n_vocab,
+            at_student=params.at_student,
+            mc_draws=config.rollout.mc_draws,
+            at_mc=config.score.extra_ids == MC_IDS,
+            q_draws=config.score.draws,
+            versions=(),  # a new one every round
+            student_version=version,
+            same_base_weights=True,
+            same_template=True,
+            plain_sampling=config.rollout.is_plain(),
+            rewards=config.rollout.grader != "",
+            samples=config.rollout.n,
+            entropy_bounds=bounds,
+            max_age=config.loop.max_age,
+            scored="" if config.score.positions == ALL_POSITIONS else config.score.positions,
+        ),
+    )
 
 
 def read_input(config: RunConfig, on_event: EventHandler) -> LoopInput:

@@ -87,6 +87,12 @@ CONFIGURATION = [
         "unknown key train.zzz",
         "known keys: train.teacher, train.teacher_field",
     ),
+    Case("recipe", "distill --recipe opdd", 2, "there is no recipe 'opdd'", "nearest is opd"),
+    Case(
+        "keys of a recipe", "distill --recipe opd", 2, "student.model is missing", "teacher.model"
+    ),
+    Case("neither file nor recipe", "distill", 2, "--recipe NAME", "logitcask distill --help"),
+    Case("shown recipe", "recipe show opd2", 2, "there is no recipe 'opd2'", "recipe list"),
     Case("section", "distill @d.toml --set trian.lr=1", 2, "unknown key trian", "train"),
     Case("rule", "distill @d.toml --set loop.rounds=0", 2, "loop.rounds = 0", "Rounds"),
     Case("no key", "distill @d.toml --set lr=1", 2, "--set lr=1", "--set train.learning_rate=1e-5"),

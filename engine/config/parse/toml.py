@@ -5,7 +5,7 @@ nearest known one.
 import json
 import reprlib
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,9 +90,38 @@ def read_toml(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 def read_job(kind: type[Job], path: Path, overrides: Iterable[str] = ()) -> Job:
     """Read any configuration from a TOML file and overrides."""
+    values = read_tables(path, overrides)
+    return resolve_paths(validate(kind, values, source=str(path)), path.parent)
+
+
+def read_tables(
+    path: Path | None, overrides: Iterable[str] = (), below: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return section -> key -> value of a TOML file with overrides, not validated.
+
+    path: None for no file; below: tables whose keys the file may override.
+    """
+    values: dict[str, Any] = {} if path is None else _load(path)
+    if below is not None:
+        values = merge_tables(below, values)
+    for text in overrides:
+        _override(values, text)
+    return values
+
+
+def merge_tables(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tables with all keys of both; where both have a key, that of `above`."""
+    merged = {name: dict(keys) for name, keys in below.items()}
+    for name, keys in above.items():
+        # A section that is none is refused by validate.
+        merged[name] = {**merged.get(name, {}), **keys} if isinstance(keys, Mapping) else keys
+    return merged
+
+
+def _load(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
-            values: dict[str, Any] = tomllib.load(file)
+            return tomllib.load(file)
     except OSError as error:
         raise ConfigError(
             f"{path}: {error.strerror}", hint="give the path of a TOML file"
@@ -100,26 +129,30 @@ def read_job(kind: type[Job], path: Path, overrides: Iterable[str] = ()) -> Job:
     except (ValueError, RecursionError) as error:
         # Also bytes that are not UTF-8, and numbers and nesting beyond what Python reads.
         raise ConfigError(f"{path}: not TOML: {error}", hint="repair the file there") from error
-    for text in overrides:
-        _override(values, text)
-    return _resolved(validate(kind, values, source=str(path)), path.parent)
 
 
-def to_toml(config: Section) -> str:
-    """Return the configuration as TOML that `read_toml` reads from any folder to the same."""
+def to_toml(config: Section, missing: Container[str] = ()) -> str:
+    """Return the configuration as TOML that `read_toml` reads from any folder to the same.
+
+    missing: section.key of each key whose value is only a stand-in: it becomes a comment.
+    """
     lines: list[str] = []
-    for section, content in _resolved(config, Path.cwd()).model_dump(mode="json").items():
+    for section, content in resolve_paths(config, Path.cwd()).model_dump(mode="json").items():
         lines.append(f"[{section}]")
-        # JSON's strings, numbers and booleans are TOML's too; a key without a value is left out.
-        lines += [f"{k} = {_toml(v)}" for k, v in content.items() if v not in (None, {})]
+        for key, value in content.items():
+            if f"{section}.{key}" in missing:
+                lines.append(f"# {key} = ")
+            # JSON's strings, numbers and booleans are TOML's too; one without a value is left out.
+            elif value not in (None, {}):
+                lines.append(f"{key} = {toml_value(value)}")
         lines.append("")
     return "\n".join(lines)
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
     """Return a value of JSON as TOML, which differs in its tables alone."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{json.dumps(k)} = {toml_value(v)}" for k, v in value.items()) + "}"
     return json.dumps(value)
 
 
@@ -145,7 +178,7 @@ _MODELS = ("model", "tokenizer", "student_tokenizer")
 _STORES = (("store", "url"), ("eval", "store"))
 
 
-def _resolved(config: Job, base: Path) -> Job:
+def resolve_paths(config: Job, base: Path) -> Job:
     """Return the configuration with `base` before its relative paths."""
     update = {}
     for name in type(config).model_fields:

@@ -71,7 +71,7 @@ ON_DRAWS = (
         formula="-sg[A + KL(p~ || q~)] log p(y), KL on the scored ids of S(p)",
         needs=f"{TOKEN} and at the student's stored ids",
         staleness=f"{ON_POLICY}; the baseline changes only the variance, at any age",
-        note="k is 16, the paper's configuration has 100. " + MINUS_A,
+        note="k is 16 by default; the paper's configuration is vopd+baseline(k=100). " + MINUS_A,
     ),
     Preset(
         name="vopd_cached",
