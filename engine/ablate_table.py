@@ -15,6 +15,8 @@ FIGURES: dict[str, Callable[[TrainReport, float | None], float | None]] = {
     "avg_at_n": lambda run, _: _evaluated(run, -1, "avg_at_n"),
     "eval_loss": lambda run, _: _evaluated(run, -1, "loss"),
     "eval_overlap_ratio": lambda run, _: _evaluated(run, -1, "overlap/ratio"),
+    "eval_kl_forward_bound": lambda run, _: _evaluated(run, -1, "kl/forward_bound"),
+    "eval_kl_reverse_bound": lambda run, _: _evaluated(run, -1, "kl/reverse_bound"),
     "gap_recovery": lambda run, teacher: gap_recovery(
         _evaluated(run, 0, "avg_at_n"), _evaluated(run, -1, "avg_at_n"), teacher
     ),

@@ -23,6 +23,7 @@ from torch import Tensor
 from logitcask.engine.packing.targets import Targets
 from logitcask.kernels.fused_objective import OverlapSums
 from logitcask.kernels.objective_input import ObjectiveInput
+from logitcask.kernels.plain_maths import FLOOR
 
 METRIC_K = 16
 """The paper's k."""
@@ -86,6 +87,30 @@ class MetricInput:
     def n_shared(self) -> Tensor:
         """Return [C] int64, |I|."""
         return self.overlap.sum(-1)
+
+    @cached_property
+    def token_log_p(self) -> Tensor:
+        """Return [C] log p(y) of the stored token."""
+        return self.view.log_p.gather(1, self.rows.token_col[:, None])[:, 0]
+
+    @cached_property
+    def coarse(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (log p, log q, mask), each [C, S + 1]: the cached ids, and a bucket of all others.
+
+        An id without mass on one side goes to the bucket, as in the losses. The bucket is left out
+        where the teacher has no mass in it. Both sides are normalised, since stored log-probs are
+        rounded; outside the mask they are about LOG_ZERO.
+        """
+        log_p, log_q, cached = self.view.log_p, self.log_q, self.rows.cached
+        mask = cached & (log_p != -torch.inf) & (log_q != -torch.inf)
+        inside = torch.where(mask, log_p.exp(), 0.0).sum(-1, keepdim=True)
+        log_p_rest = (1 - inside).clamp(min=FLOOR[log_p.dtype]).log()
+        tail = self.rows.q_log_tail.to(log_q.dtype)[:, None]
+        left = torch.where(cached & ~mask, log_q, -torch.inf)
+        log_q_rest = torch.cat([tail, left], -1).logsumexp(-1, keepdim=True)
+        mask = torch.cat([mask, log_q_rest != -torch.inf], -1)
+        sides = (torch.cat([log_p, log_p_rest], -1), torch.cat([log_q, log_q_rest], -1))
+        return renormalised(sides[0], mask), renormalised(sides[1], mask), mask
 
 
 def metric_input(
@@ -155,6 +180,34 @@ def entropy_gap(x: MetricInput) -> Tensor:
     return (lower - entropy).clamp(min=0) + (entropy - upper).clamp(min=0)
 
 
+def kl_forward_bound(x: MetricInput) -> Tensor:
+    """Return KL(q || p) of both coarsened to the cached ids and one bucket of all others, nats.
+
+    It is a lower bound of the KL over the vocabulary (log-sum inequality: Cover and Thomas,
+    Elements of Information Theory, Theorem 2.7.1), and equal to it where every id is cached. It may
+    be above it by the rounding of the stored log-probs.
+    """
+    log_p, log_q, mask = x.coarse
+    return torch.where(mask, log_q.exp() * (log_q - log_p), 0.0).sum(-1)
+
+
+def kl_reverse_bound(x: MetricInput) -> Tensor:
+    """Return KL(p || q) of both coarsened distributions, nats: see kl_forward_bound."""
+    log_p, log_q, mask = x.coarse
+    return torch.where(mask, log_p.exp() * (log_p - log_q), 0.0).sum(-1)
+
+
+def top1_agreement(x: MetricInput) -> Tensor:
+    """Return 1 where student and teacher have the same most likely id, else 0."""
+    both = (x.rows.q_rank == 0) & (x.rows.ids == x.view.top_ids[:, :1])
+    return both.any(-1).to(x.log_q.dtype)
+
+
+def nll_student(x: MetricInput) -> Tensor:
+    """Return -log p(y) of the stored token y, nats; infinite where the student excludes it."""
+    return -x.token_log_p
+
+
 def coverage(x: MetricInput) -> Tensor:
     """Sum the student's mass on ids with a stored score."""
     return _mass(x.view.log_p, x.rows.cached)
@@ -172,8 +225,7 @@ def approx_kl(x: MetricInput) -> Tensor:
     Its mean over draws y of b is KL(b || p), with less variance than -log r (J. Schulman,
     "Approximating KL divergence", k3). log r is clamped to +-LOG_RATIO_BOUND.
     """
-    log_p = x.view.log_p.gather(1, x.rows.token_col[:, None])[:, 0]
-    log_r = log_p - x.rows.student_logprobs.to(log_p.dtype)
+    log_r = x.token_log_p - x.rows.student_logprobs.to(x.token_log_p.dtype)
     log_r = log_r.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     return torch.expm1(log_r) - log_r
 
@@ -188,6 +240,8 @@ class Metric:
     """The same from the sums of fused kernels; None: use `compute`."""
     needs: str | None = None
     """An optional field of Targets; the metric is left out where the store lacks it."""
+    without: str | None = None
+    """An optional field of Targets; the metric is left out where the store has it."""
 
 
 TEACHER_WIDTH = "entropy/teacher_width"
@@ -201,6 +255,11 @@ METRICS: dict[str, Metric] = {
     "entropy/gap": Metric(entropy_gap),
     "entropy/student": Metric(entropy_student),
     "entropy/teacher": Metric(entropy_teacher),
+    "kl/forward_bound": Metric(kl_forward_bound),
+    "kl/reverse_bound": Metric(kl_reverse_bound),
+    # Draws of a teacher do not say which id is its best.
+    "top1/agreement": Metric(top1_agreement, without="q_draws"),
+    "nll/student": Metric(nll_student),
     "cache/coverage": Metric(coverage, lambda sums: sums.coverage),
     "cache/uncached_mass": Metric(uncached_mass, lambda sums: sums.uncached_mass),
     "cache/approx_kl": Metric(approx_kl),
@@ -208,7 +267,7 @@ METRICS: dict[str, Metric] = {
 }
 
 COMMON_METRICS = tuple(name for name, metric in METRICS.items() if metric.needs is None)
-"""Names of the metrics that every store gives."""
+"""Names of the metrics that every store of top lists gives."""
 
 
 def compute_metrics(
@@ -230,7 +289,8 @@ def compute_metrics(
         if sums is None or metric.from_sums is None
         else metric.from_sums(sums)
         for name, metric in table.items()
-        if metric.needs is None or getattr(rows, metric.needs) is not None
+        if (metric.needs is None or getattr(rows, metric.needs) is not None)
+        and (metric.without is None or getattr(rows, metric.without) is None)
     }
 
 

@@ -26,7 +26,7 @@ _KEYS = {
     "license_link": r"https://[\w./%~=-]{1,200}|[\w-][\w.-]{0,63}",
 }
 """Key of a header -> its values that are taken over."""
-_SHOWN = ("loss", "overlap/", "entropy/", "cache/")
+_SHOWN = ("loss", "overlap/", "entropy/", "kl/", "top1/", "nll/", "cache/")
 """Beginnings of the metrics that are shown."""
 
 

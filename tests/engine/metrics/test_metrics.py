@@ -40,6 +40,18 @@ BY_HAND = {
     "entropy/student": -sum(p * math.log(p) for p in P),
     "entropy/teacher": -sum(q * math.log(q) for q in Q),
     "entropy/gap": abs(sum(p * math.log(p) for p in P) - sum(q * math.log(q) for q in Q)),
+    # Cached {0, 4, 1, 3}: p = (0.4, 0.06, 0.3, 0.05), q = (0.2, 0.06, 0.5, 0.15), and the others
+    # have p = 0.15 + 0.04, q = 0.05 + 0.04.
+    "kl/reverse_bound": 0.4 * math.log(2)
+    + 0.3 * math.log(0.6)
+    + 0.05 * math.log(1 / 3)
+    + 0.19 * math.log(0.19 / 0.09),
+    "kl/forward_bound": 0.2 * math.log(0.5)
+    + 0.5 * math.log(5 / 3)
+    + 0.15 * math.log(3)
+    + 0.09 * math.log(0.09 / 0.19),
+    "top1/agreement": 0.0,
+    "nll/student": -math.log(0.04),
     "cache/coverage": 0.4 + 0.06 + 0.3 + 0.05,
     "cache/uncached_mass": 0.15,
     "cache/approx_kl": 0.04 / 0.1 - 1 - math.log(0.04 / 0.1),
@@ -137,7 +149,9 @@ def fulls(draw: st.DrawFn) -> Full:
 @given(full=fulls(), k=st.integers(1, 20))
 def test_ranges(full: Full, k: int) -> None:
     v = compute_metrics(view_of(full, k), full.targets, k=k)
-    assert all(value.isfinite().all() for value in v.values())
+    excluded = full.live.gather(1, full.targets.token[:, None])[:, 0] == -math.inf
+    assert (v["nll/student"].isposinf() == excluded).all()
+    assert all(value.isfinite().all() for name, value in v.items() if name != "nll/student")
     assert all(value.shape == (len(full.live),) for value in v.values())
     slack = 1e-12
     for name in (
@@ -151,6 +165,14 @@ def test_ranges(full: Full, k: int) -> None:
         assert ((v[name] >= 0) & (v[name] <= 1 + slack)).all(), name
     assert (v["overlap/advantage"] <= slack).all()
     assert (v["cache/approx_kl"] >= 0).all()
+    assert (v["nll/student"] >= -slack).all()
+    assert v["top1/agreement"].bool().logical_or(v["top1/agreement"] == 0).all()
+    log_p, log_q = full.live.log_softmax(-1), full.teacher.log_softmax(-1)
+    for name, a, b in (("forward", log_q, log_p), ("reverse", log_p, log_q)):
+        whole = torch.where(a == -math.inf, 0.0, a.exp() * (a - b)).sum(-1)
+        bound = v[f"kl/{name}_bound"]
+        assert (bound >= -slack).all()
+        assert (bound <= whole + 1e-11).all(), name
     top = math.log(full.live.shape[1]) + slack
     assert (v["entropy/gap"] <= top).all()
     # Ids in the overlap are stored; missing ids of the top-k are not.
@@ -159,6 +181,57 @@ def test_ranges(full: Full, k: int) -> None:
     empty = v["overlap/empty_share"] == 1
     assert ((v["overlap/ratio"] == 0) == empty).all()
     assert (v["overlap/advantage"][empty] == 0).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_bounds_of_the_kl_are_the_kl_where_every_id_is_kept(seed: int) -> None:
+    live, teacher = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(seed)).double() * 3
+    log_p, log_q = live.log_softmax(-1), teacher.log_softmax(-1)
+    every = make_full(live, teacher, kept=9)
+    v = compute_metrics(view_of(every, 9), every.targets)
+    forward = torch.nn.functional.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
+    reverse = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(v["kl/forward_bound"], forward, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(v["kl/reverse_bound"], reverse, rtol=1e-11, atol=1e-13)
+    # More kept ids are a finer partition.
+    few = make_full(live, teacher, kept=3)
+    w = compute_metrics(view_of(few, 9), few.targets)
+    for name in ("kl/forward_bound", "kl/reverse_bound"):
+        assert (w[name] <= v[name] + 1e-13).all()
+        assert (w[name] < v[name] - 1e-3).any()
+    same = make_full(live, live, kept=3)
+    same_v = compute_metrics(view_of(same, 9), same.targets)
+    assert same_v["kl/forward_bound"].abs().max() < 1e-13
+    assert same_v["kl/reverse_bound"].abs().max() < 1e-13
+    assert same_v["top1/agreement"].tolist() == [1.0] * 5
+
+
+def test_a_side_without_mass_leaves_the_bounds_finite() -> None:
+    """Put ids that one side excludes into the bucket; drop a bucket that the teacher excludes."""
+    live, teacher = row(P), row(Q)
+    gone = teacher.clone()
+    gone[0, 2:] = -math.inf
+    for kept in (1, 2, 6):
+        full = make_full(live, gone, student_k=1, kept=kept)
+        v = compute_metrics(view_of(full, 6), full.targets)
+        assert v["kl/reverse_bound"].isfinite().all()
+        # KL(q || p) of q = (2/7, 5/7) is finite: p has mass there.
+        whole = 2 / 7 * math.log(2 / 7 / 0.4) + 5 / 7 * math.log(5 / 7 / 0.3)
+        assert 0 <= v["kl/forward_bound"].item() <= whole + 1e-12
+
+
+def test_agreement_is_of_the_best_ids_alone() -> None:
+    swapped = [Q[1], Q[0], *Q[2:]]
+    for teacher, expected in ((Q, 0.0), (swapped, 1.0)):
+        for kept in (1, 3):
+            full = make_full(row(P), row(teacher), old=row(OLD), student_k=2, kept=kept)
+            v = compute_metrics(view_of(full, 6), full.targets, k=1)
+            assert v["top1/agreement"].tolist() == [expected]
+    # Draws of a teacher do not say which id is its best.
+    drawn = make_full(row(P), row(Q), student_k=2, q_draws=[{0: 1, 1: 2}])
+    found = compute_metrics(view_of(drawn, 6), drawn.targets)
+    assert "top1/agreement" not in found
+    assert {"kl/forward_bound", "kl/reverse_bound", "nll/student"} <= found.keys()
 
 
 @settings(max_examples=50, deadline=None, derandomize=True, database=None)
@@ -223,6 +296,9 @@ def test_swapping_student_and_teacher() -> None:
         ("entropy/gap", "entropy/gap"),
         ("overlap/mass_student", "overlap/mass_teacher"),
         ("entropy/student", "entropy/teacher"),
+        ("kl/forward_bound", "kl/reverse_bound"),
+        ("kl/reverse_bound", "kl/forward_bound"),
+        ("top1/agreement", "top1/agreement"),
     ):
         torch.testing.assert_close(a[first], b[second], rtol=1e-12, atol=0)
     assert a["overlap/advantage"].item() != pytest.approx(b["overlap/advantage"].item())
