@@ -80,6 +80,7 @@ VERBS = [
         "doctor",
         "doctor teacher",
         "probe metrics",
+        "probe compare",
         "probe positions",
         "probe reward",
         "recipe",

@@ -26,6 +26,12 @@ class Probe(StoredScores):
         PACK_LENGTH,
         description="Tokens of one pack, prompts included: one forward pass. Bounds memory.",
     )
+    teacher_model: str | None = Field(
+        None,
+        description="Folder or hub id of the teacher itself, for kl/forward and kl/reverse over "
+        "the whole vocabulary, from the logits of both models in float32.",
+    )
+    teacher_revision: str = Field("", description="Commit of a hub id of that teacher.")
 
 
 class RewardProbe(StoredScores):

@@ -3,12 +3,14 @@
 The numbers are those that training logs at the same weights on the same rows: both use the same
 kernel and functions, and average over rows by the loss mask. A loss is the objective's, of every
 row, without modifiers that weigh rows. The metrics of the paper's released code are added, each
-mean pooled over rows as in that code.
+mean pooled over rows as in that code. With the teacher's model the KL over the whole vocabulary is
+added too, see full_kl.py.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,12 +19,12 @@ from torch import Tensor, nn
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.metrics.metrics import METRICS
 from logitcask.engine.metrics.paper_code import METRICS_RELEASED, Pair, released_metrics
-from logitcask.engine.models.forward import folded_head, inner_model, inside_forward
+from logitcask.engine.models.forward import inner_model, inside_forward
 from logitcask.engine.models.load import hidden_states
-from logitcask.engine.models.logit_transform import logit_transform_of
 from logitcask.engine.objectives import Objective, current_topk, row_objective
 from logitcask.engine.packing.batches import PlannedPacks
 from logitcask.engine.packing.source import Pack
+from logitcask.engine.probes.full_kl import HeadRows, full_kl, head_rows
 from logitcask.engine.types import Array, Detail, Progress, no_progress
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
 from logitcask.kernels.objective_input import ObjectiveGrad, ObjectiveInput
@@ -42,7 +44,21 @@ class Bin:
     rows: int
     """Rows with a loss mask above 0."""
     means: Mapping[str, float | None]
-    """name -> mean over these rows, nats where it is one; None where nothing is counted."""
+    """name -> mean over these rows, nats where it is one; None where nothing is counted, and where
+    it is not finite."""
+
+
+class Measured(NamedTuple):
+    """Metrics of the P rows of some packs, float64."""
+
+    sums: dict[str, tuple[Array, Array]]
+    """name -> [P] sums, [P] counts."""
+    weight: Array
+    """[P] loss mask."""
+    position: Array
+    """[P] position in the response."""
+    sequence: Array
+    """[P] int64, number of the row's sequence among those of all packs, in their order."""
 
 
 def probe(
@@ -61,7 +77,7 @@ def probe(
     counted, ObjectiveError where the store lacks data of an objective.
     """
     model.to(device).eval()
-    sums, weight, position = measure(
+    found = measure(
         model,
         packs,
         range(len(packs)),
@@ -70,6 +86,15 @@ def probe(
         device=device,
         progress=progress,
     )
+    return means_by_position(found, bins)
+
+
+def means_by_position(found: Measured, bins: int) -> list[Bin]:
+    """Return the means over all rows, then over `bins` equally wide ranges of positions.
+
+    Raises IncompleteError where no row is counted.
+    """
+    sums, weight, position, _ = found
     if not (weight > 0).any():
         raise IncompleteError(
             "no row of these rollouts is counted: the loss mask is 0 everywhere",
@@ -92,38 +117,46 @@ def measure(
     objectives: Mapping[str, Objective],
     n_vocab: int,
     device: torch.device | str,
+    teacher: nn.Module | None = None,
     progress: Progress = no_progress,
-) -> tuple[dict[str, tuple[Array, ...]], Array, Array]:
-    """Return (name -> [P] sums and [P] counts, [P] loss mask, [P] positions) of these packs.
+) -> Measured:
+    """Measure the rows of these packs.
 
-    All are float64. The model must be in evaluation mode, on its device.
+    The model must be in evaluation mode, on its device, and so must the `teacher`, for the KL over
+    the whole vocabulary.
     """
     found: dict[str, list[Pair]] = {}
     weight: list[Tensor] = []
     position: list[Tensor] = []
-    rows = 0
+    sequence: list[Tensor] = []
+    rows = sequences = 0
     for done, index in enumerate(indices):
         progress("probe", done, len(indices), Detail(rows))
         pack = packs.pack(index).to(device)
         packs.prefetch(indices[done + 1 : done + 2])
         weight.append(pack.targets.weight.cpu())
         position.append(pack.targets.position.cpu())
-        rows += len(pack.targets)
-        for name, pair in _measure_pack(model, pack, objectives, n_vocab).items():
+        sequence.append(pack.targets.sequence.cpu() + sequences)
+        rows, sequences = rows + len(pack.targets), sequences + len(pack.lengths)
+        for name, pair in _measure_pack(model, pack, objectives, n_vocab, teacher).items():
             found.setdefault(name, []).append(pair)
     progress("probe", len(indices), len(indices), Detail(rows))
-    sums = {
-        name: tuple(torch.cat(part).cpu().double().numpy() for part in zip(*pairs, strict=True))
-        for name, pairs in found.items()
-    }
+    sums = {}
+    for name, pairs in found.items():
+        total, count = (torch.cat(part).cpu().double().numpy() for part in zip(*pairs, strict=True))
+        sums[name] = (total, count)
     # A process may have no pack.
     none = [torch.zeros(0)]
     w, at = (torch.cat(each or none).double().numpy() for each in (weight, position))
-    return sums, w, at
+    return Measured(sums, w, at, torch.cat(sequence or none).long().numpy())
 
 
 def _measure_pack(
-    model: nn.Module, pack: Pack, objectives: Mapping[str, Objective], n_vocab: int
+    model: nn.Module,
+    pack: Pack,
+    objectives: Mapping[str, Objective],
+    n_vocab: int,
+    teacher: nn.Module | None,
 ) -> dict[str, Pair]:
     """Return name -> ([P] sum, [P] count) of the metrics, and of the losses as `loss/NAME`.
 
@@ -131,24 +164,29 @@ def _measure_pack(
     gathers its weights there. A pack without rows runs as any other, and has no metrics.
     """
     head = inner_model(model).get_output_embeddings()
+    other = None
+    if teacher is not None:
+        args = pack.input_ids, pack.position_ids, pack.lengths
+        other = head_rows(teacher, hidden_states(teacher, *args)[pack.predict_at])
+
+    def metrics(hidden: Tensor) -> dict[str, Pair]:
+        own = head_rows(model, hidden[pack.predict_at])
+        return _metrics_of(own, pack, objectives, n_vocab, other)
 
     def run(_: Tensor) -> dict[str, Pair]:
         hidden = hidden_states(model, pack.input_ids, pack.position_ids, pack.lengths)
-        return inside_forward(
-            head, lambda each: _metrics_of(model, each, pack, objectives, n_vocab), hidden
-        )
+        return inside_forward(head, metrics, hidden)
 
     return inside_forward(model, run, pack.input_ids)
 
 
 def _metrics_of(
-    model: nn.Module,
-    hidden: Tensor,
+    own: HeadRows,
     pack: Pack,
     objectives: Mapping[str, Objective],
     n_vocab: int,
+    teacher: HeadRows | None,
 ) -> dict[str, Pair]:
-    states, head = folded_head(model, hidden[pack.predict_at])
     found: dict[str, Pair] = {}
     if not len(pack.targets):
         return found
@@ -162,19 +200,22 @@ def _metrics_of(
             return output._replace(metrics={**output.metrics, **flat, "loss": output.loss})
 
         metrics = linear_sparse_kl(
-            states,
-            head,
+            own.states,
+            own.head,
             pack.targets.ids,
             with_released,
             k=current_topk(objective, n_vocab),
             n_vocab=n_vocab,
-            logit_transform=logit_transform_of(inner_model(model).config),
+            logit_transform=own.logit_transform,
         ).metrics
         one = torch.ones_like(metrics["loss"])
         found |= {each: (metrics[each], one) for each in METRICS if each in metrics}
         found |= {each: (metrics[f"{each} 0"], metrics[f"{each} 1"]) for each in METRICS_RELEASED}
         if name:
             found[f"loss/{name}"] = (metrics["loss"], one)
+    if teacher is not None:
+        values = full_kl(own, teacher, n_vocab)
+        found |= {name: (value, torch.ones_like(value)) for name, value in values.items()}
     return found
 
 
@@ -184,5 +225,6 @@ def _bin(start: int, end: int, sums: Mapping[str, tuple[Array, ...]], weight: Ar
     for name, pair in sums.items():
         # A row that is not counted may hold any value, also NaN.
         total, count = (float(weight[counted] @ part[counted]) for part in pair)
-        means[name] = total / count if count > 0 else None
+        mean = total / count if count > 0 else math.nan
+        means[name] = mean if math.isfinite(mean) else None
     return Bin(start=start, end=end, rows=int(counted.sum()), means=means)

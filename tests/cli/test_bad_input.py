@@ -312,6 +312,21 @@ OUTS = [
     Case("a store", f"{TRAIN} STORE --out @st", 2, "not the folder of a run", "empty folder"),
 ]
 
+METRICS = "probe metrics --model @student --device cpu --store STORE"
+PROBES = [
+    Case("no sums", "probe compare @p.jsonl @none", 2, "p.jsonl, line 1: it has no", "--per-seq"),
+    Case("no file", "probe compare @none @none", 2, "none cannot be read: No such", "--per-seq"),
+    Case("folder", f"{METRICS} --per-sequence @no/x.jsonl", 2, "there is no folder", "make it"),
+    Case("revision", f"{METRICS} --teacher-revision x", 2, "without a teacher_model", "leave it"),
+    Case(
+        "tokenizer",
+        f"{METRICS} --teacher-model @other-tokenizer",
+        1,
+        "has another tokenizer than the student: 99 ids",
+        "leave --teacher-model out",
+    ),
+]
+
 CASES = {
     f"{kind}-{case.name}".replace(" ", "-"): case
     for kind, cases in {
@@ -324,6 +339,7 @@ CASES = {
         "incomplete": INCOMPLETE,
         "no-store": NO_STORE,
         "out": OUTS,
+        "probe": PROBES,
     }.items()
     for case in cases
 }

@@ -9,6 +9,7 @@ first call, so all numbers of a run, and of runs compared with it, are of the sa
 passes only, in float32.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -82,8 +83,10 @@ class HeldOut:
             )
         # A process without packs has no names.
         names = dict.fromkeys(name for _, sums in everyone for name in sums)
+        means = {n: sum(s.get(n, 0.0) for _, s in everyone) / counted for n in names}
+        # JSON holds no infinity: that of the NLL of a token that the student excludes.
         return {
-            **{f"eval/{n}": sum(s.get(n, 0.0) for _, s in everyone) / counted for n in names},
+            **{f"eval/{n}": mean if math.isfinite(mean) else None for n, mean in means.items()},
             "eval/rows": counted,
         }
 
@@ -115,7 +118,7 @@ def measure_share(
     n_vocab: int,
     device: torch.device,
     progress: Progress = no_progress,
-) -> tuple[dict[str, tuple[Array, ...]], Array]:
+) -> tuple[dict[str, tuple[Array, Array]], Array]:
     """Measure a student in training on the packs of this process.
 
     Return (name -> [P] sums and [P] counts, [P] loss mask), as of `measure`. Each process runs as
@@ -126,7 +129,7 @@ def measure_share(
     training = student.training
     student.eval()
     try:
-        found, weight, _ = measure(
+        found = measure(
             student,
             packs,
             range(rank(), end, processes),
@@ -138,7 +141,7 @@ def measure_share(
     finally:
         student.train(training)
         reshard(student)
-    return found, weight
+    return found.sums, found.weight
 
 
 def hold_out(

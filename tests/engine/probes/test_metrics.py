@@ -6,19 +6,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.metrics.metrics import COMMON_METRICS
+from logitcask.engine.models.identity import model_ref
 from logitcask.engine.models.load import load_student
 from logitcask.engine.objectives import Objective, parse_objective
 from logitcask.engine.packing.batches import PlannedPacks, planned
 from logitcask.engine.packing.source import Pack
-from logitcask.engine.probes.metrics import probe
+from logitcask.engine.probes import full_kl
+from logitcask.engine.probes.metrics import measure, probe
 from logitcask.engine.store import Store
 from logitcask.engine.training.metric_sampling import MetricSampling
 from logitcask.engine.types import ModelRef
 from tests.engine.cached import make_unit
 from tests.engine.fitting import make_case, make_trainer
+from tests.engine.tiny import make_model, save_folder
 
 LENGTHS = [9, 4, 0, 7, 2, 8]
 
@@ -94,6 +98,49 @@ def test_bins_are_means_of_their_rows_and_together_all(
         total = math.fsum(n * mean for n, mean in pairs if mean is not None)
         assert total / every.rows == pytest.approx(every.means[name], rel=1e-9, abs=1e-12)
         assert all(p.means[name] is None for p in parts if not p.rows)
+
+
+def test_the_kl_over_the_vocabulary_is_that_of_whole_logits_in_float64(
+    case: tuple[Store, ModelRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compare with forward passes of single sequences; the bounds are of other scores there."""
+    store, model = case
+    save_folder(tmp_path / "teacher", make_model(seed=5))
+    teacher = load_student(model_ref(str(tmp_path / "teacher"), chat_template=True))
+    student, packs = load_student(model), rows_of(store)
+    found = []
+    for chunk in (full_kl.CHUNK_LOGITS, 99 * 7):  # 7 rows at a time
+        monkeypatch.setattr(full_kl, "CHUNK_LOGITS", chunk)
+        measured = measure(
+            *(student, packs, range(len(packs))),
+            objectives={},
+            n_vocab=99,
+            device="cpu",
+            teacher=teacher,
+        )
+        found.append([measured.sums[f"kl/{name}"][0] for name in ("forward", "reverse")])
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+    # The student that sampled is the same model, so the KL is that of its own numbers.
+    same = measure(
+        *(student, packs, range(1)), objectives={}, n_vocab=99, device="cpu", teacher=student
+    )
+    assert np.abs(same.sums["kl/forward"][0]).max() < 1e-12
+    pack, at = packs.pack(0), 0
+    for number, length in enumerate(pack.lengths):
+        ids = pack.input_ids[:, at : at + length]
+        in_it = (pack.predict_at >= at) & (pack.predict_at < at + length)
+        rows = pack.predict_at[in_it] - at
+        with torch.no_grad():
+            log_p, log_q = (
+                each(input_ids=ids).logits[0, rows].double().log_softmax(-1)
+                for each in (student, teacher)
+            )
+        of = np.flatnonzero(measured.sequence[: len(pack.targets)] == number)
+        assert len(of) == len(rows)
+        for values, (a, b) in zip(found[0], ((log_q, log_p), (log_p, log_q)), strict=True):
+            expected = (a.exp() * (a - b)).sum(-1)
+            np.testing.assert_allclose(values[of], expected, rtol=2e-5, atol=1e-7)
+        at += length
 
 
 class Masked:
