@@ -5,7 +5,7 @@ Logits are computed here from hidden states, for the response rows only, in floa
 sampling that a cache does too.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from logitcask.engine.backends.scoring import (
 )
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.models.forward import NEVER, new_cache, rope_switch, states
+from logitcask.engine.models.identity import config_dtype
 from logitcask.engine.models.load import load_model, paths_of, set_paths
 from logitcask.engine.models.logit_transform import logit_transform_of
 from logitcask.engine.types import (
@@ -76,7 +77,7 @@ class HF:
         network: a loaded model, for example one in training, used in place of the folder's
         weights. Its train or eval mode is restored after each call, and its device is used.
         device: auto, cpu, cuda, cuda:0 ...; auto takes a GPU if there is one.
-        dtype: auto, float32, bfloat16; auto is float32 on a CPU and bfloat16 on a GPU.
+        dtype: auto, float32, bfloat16; of auto see `pick_dtype`.
         batch_tokens: padded tokens of one batch, prompt and room for the response included.
         Raises ModelError for weights that do not fit, and for a model that cannot score.
         """
@@ -93,7 +94,7 @@ class HF:
         self.n_vocab, self.stop_ids = n_vocab, tuple(sorted(stop_ids))
         self.batch_tokens = batch_tokens
         self.device = pick_device(device) if network is None else network.device
-        self.dtype = pick_dtype(dtype, self.device)
+        self.dtype = pick_dtype(dtype, self.device, path)
         if network is None:
             network = load_model(path, self.dtype, self.device).requires_grad_(False)
         self.model = network
@@ -260,10 +261,26 @@ def pick_device(device: str) -> torch.device:
     return picked
 
 
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of a name; auto is bfloat16 on a GPU, else float32."""
+def pick_dtype(dtype: str, device: torch.device, folder: Path | None = None) -> torch.dtype:
+    """Return the compute type of a name.
+
+    auto is bfloat16 on a GPU. On a CPU it is bfloat16 where the config of the model in `folder`
+    names that type and the CPU multiplies it by itself (AMX or AVX512-BF16); else float32.
+    """
     if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        half = device.type == "cuda" or (
+            folder is not None and multiplies_bfloat16() and config_dtype(folder) == "bfloat16"
+        )
+        return torch.bfloat16 if half else torch.float32
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r}", hint=f"use one of: auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def multiplies_bfloat16() -> bool:
+    """Return whether this CPU has instructions for products in bfloat16.
+
+    False where torch is too old to list them.
+    """
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))

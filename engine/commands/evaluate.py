@@ -158,7 +158,7 @@ class _Evaluator:
         settings = config.train.model_copy(
             update={"sharding": "none", "cpu_offload": False, "gradient_checkpointing": False}
         )
-        args = training_arguments(settings, config.run)
+        args = training_arguments(settings, config.run, model.path)
         with quiet():
             network = load_for_training(
                 model,

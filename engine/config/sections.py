@@ -205,7 +205,8 @@ class Run(Section):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="Compute type; auto = bfloat16 on a GPU, float32 on a CPU. Trained weights are "
+        description="Compute type; auto = bfloat16 on a GPU, and on a CPU with AMX or AVX512-BF16 "
+        "where config.json names bfloat16 (not for vllm); else float32. Trained weights are "
         "float32 in any case.",
     )
     batch_tokens: Positive = Field(

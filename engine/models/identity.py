@@ -274,6 +274,13 @@ def from_config(config: Mapping[str, Any], key: str) -> Any:
     return config.get(key)
 
 
+def config_dtype(path: Path) -> str | None:
+    """Return the type that a model's config names for its weights, as `bfloat16`."""
+    config = read_config(path)
+    name = from_config(config, "dtype") or from_config(config, "torch_dtype")  # transformers 5, 4
+    return name if isinstance(name, str) else None
+
+
 # --- metadata of a trained student ---
 
 

@@ -2,11 +2,13 @@
 
 import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
+from logitcask.engine.backends.hf import pick_dtype
 from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Lora, Train
 from logitcask.engine.errors import ConfigError
@@ -32,9 +34,10 @@ _SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": 
 """`lr_scheduler_type` -> transformers' value; all of them warm up."""
 
 
-def training_arguments(settings: Train, run: Run) -> TrainingArguments:
+def training_arguments(settings: Train, run: Run, student: Path | None = None) -> TrainingArguments:
     """Build the transformers.TrainingArguments of a run, checkpoints below `run.out`.
 
+    student: its folder, for dtype = auto on a CPU, see `pick_dtype`; None = float32 there.
     Raises ConfigError for a device that does not exist, for a field of [train.args] or an optimizer
     that does not run here.
     """
@@ -46,12 +49,12 @@ def training_arguments(settings: Train, run: Run) -> TrainingArguments:
     if run.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"--device {run.device}: this machine shows no GPU", hint="--device cpu")
     cpu = run.device == "cpu" or not torch.cuda.is_available()
-    bf16 = run.dtype == "bfloat16" or (run.dtype == "auto" and not cpu)
+    dtype = pick_dtype(run.dtype, torch.device("cpu" if cpu else "cuda"), student)
     check_environment(settings)
     fields: dict[str, Any] = {
         "output_dir": str(run.out / CHECKPOINTS),
         "use_cpu": cpu,
-        "bf16": bf16,
+        "bf16": dtype == torch.bfloat16,
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": settings.gradient_accumulation_steps,
         # The plan contains all epochs, in order.

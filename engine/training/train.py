@@ -184,7 +184,7 @@ def estimate(
         n_vocab=n_vocab,
         # Its arguments alone: this process is not one of those of the run.
         args=training_arguments(
-            settings.model_copy(update={"sharding": "none", "cpu_offload": False}), run
+            settings.model_copy(update={"sharding": "none", "cpu_offload": False}), run, path
         ),
         lora=lora,
         checkpointing=settings.gradient_checkpointing,

@@ -57,7 +57,7 @@ def open_run_dir(
     out = run.out
     if out.resolve() == model.path.resolve():
         raise ConfigError(f"--out {out} is the student itself", hint="give another --out")
-    args = training_arguments(settings, run)
+    args = training_arguments(settings, run, model.path)
     attention = choose_attention(settings, args)
     run_dir = RunDir(out=out, args=args, earlier=None, attention=attention)
     with ExitStack() as stack:
