@@ -53,15 +53,22 @@ def minutes(row: dict[str, Any], *names: str) -> float:
 def bars(row: dict[str, Any]) -> dict[str, tuple[float, bool]]:
     """Return each bar of the repair by name: its figure, and whether it is met."""
     found = {}
-    for text, measure in (("teacher", "kl_qp"), ("student", "kl_pq")):
+    for text, measure, name in (
+        ("teacher", "kl_qp", "KL(q ‖ p) on the teacher's text"),
+        ("student", "kl_pq", "KL(p ‖ q) on the student's text"),
+    ):
         ratio = mean(row, REPAIR, text, measure)[0] / mean(row, BEFORE, text, measure)[0]
         z = z_value(paired(row, REPAIR, BEFORE, text, measure))
-        found[f"{measure} on {text} text, ratio"] = (ratio, ratio <= BAR_RATIO)
-        found[f"{measure} on {text} text, paired z"] = (z, z <= BAR_Z)
-    for name, bar in ((REPAIR, BAR_RIGHT), ("teacher", BAR_TEACHER)):
-        found[f"right answers of {name}"] = (right(row, name), right(row, name) >= bar)
+        found[f"{name}, 2 rounds over before <= {BAR_RATIO:.2f}"] = (ratio, ratio <= BAR_RATIO)
+        found[f"{name}, paired z <= {BAR_Z:.0f}"] = (z, z <= BAR_Z)
+    for model, name, bar in (
+        (REPAIR, "2 rounds", BAR_RIGHT),
+        ("teacher", "the teacher", BAR_TEACHER),
+    ):
+        share = right(row, model)
+        found[f"right answers of {name} >= {bar:.2f}"] = (share, share >= bar)
     spent = minutes(row)
-    found["CPU minutes of both rounds"] = (spent, spent < BAR_MINUTES)
+    found[f"CPU minutes of both rounds < {BAR_MINUTES:.0f}"] = (spent, spent < BAR_MINUTES)
     return {name: (round(value, 4), met) for name, (value, met) in found.items()}
 
 
