@@ -5,9 +5,10 @@ Run: .venv/bin/python bench/report.py [--no-frontier]
 The newest row of each section counts. Only the text between `<!-- NAME -->` and `<!-- end -->` is
 replaced. The picture frontier.svg needs matplotlib; --no-frontier leaves it out. The kernels'
 tables come from report_kernels.py, those of the demo and the ablation from report_ablate.py, that
-of the real student from report_real.py, that of many workers from report_scale.py, those of the
-loops from report_pipeline.py, that of import and export from report_exchange.py, that of the tap
-from report_tap.py, that of scores of rows from report_scoring.py.
+of the real student from report_real.py, those of the paper in miniature from report_paper.py, that
+of many workers from report_scale.py, those of the loops from report_pipeline.py, that of import and
+export from report_exchange.py, that of the tap from report_tap.py, that of scores of rows from
+report_scoring.py.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from collections.abc import Callable
 import report_ablate
 import report_exchange
 import report_kernels
+import report_paper
 import report_peers
 import report_pipeline
 import report_real
@@ -62,7 +64,7 @@ def tables() -> dict[str, str]:
     made = {name: table(newest) for name, table in TABLES.items()}
     others = (
         *(report_kernels, report_ablate, report_real, report_scale, report_pipeline),
-        *(report_peers, report_exchange, report_scoring, report_tap),
+        *(report_peers, report_exchange, report_scoring, report_tap, report_paper),
     )
     for each in others:
         made |= each.tables()

@@ -41,6 +41,7 @@ def test_every_script_is_in_this_test() -> None:
         ),
         *(
             "bench_exchange.py",
+            "bench_paper.py",
             "bench_pipeline.py",
             "bench_real.py",
             "bench_teachers.py",
