@@ -7,9 +7,14 @@ import rich_click as click
 
 from logitcask.cli.options import config_from_flags, config_options, format_option
 from logitcask.cli.output import print_result, print_table
+from logitcask.cli.progress import progress_bar
 from logitcask.engine.config.probes import (
+    CorrectnessProbe,
+    CorrectnessProbeConfig,
     PositionProbe,
     PositionProbeConfig,
+    RegionProbe,
+    RegionProbeConfig,
     RewardProbe,
     RewardProbeConfig,
 )
@@ -76,4 +81,74 @@ def positions_command(form: str, figure: Path | None, **flags: Any) -> None:
     click.echo(f"overlap at k = {report.k}; {report.reading}")
 
 
-STORE_PROBES = [reward_command, positions_command]
+@click.command("correctness")
+@config_options(
+    CorrectnessProbeConfig,
+    {"store": ["url", "rollouts"], "correctness": list(CorrectnessProbe.model_fields)},
+)
+@figure_option
+@format_option
+def correctness_command(form: str, figure: Path | None, **flags: Any) -> None:
+    """Compare teacher and student on correct and incorrect responses: where does the signal point?
+
+    The measures of `probe positions`, and sign and size of log q - log p at the sampled token, in
+    both groups, with standard errors over prompts. Reads the store alone: no model is loaded.
+
+    Example: logitcask probe correctness --store ./store --figure correctness.svg
+    """
+    from dataclasses import asdict
+
+    from logitcask.engine.commands.probe import run_correctness_probe
+
+    report = run_correctness_probe(config_from_flags(CorrectnessProbeConfig, flags), figure)
+    if form == "json":
+        print_result(asdict(report), form)
+        return
+    print_table([{"measure": name, **asdict(each)} for name, each in report.measures.items()], form)
+    click.echo(
+        f"{report.correct} correct and {report.incorrect} incorrect responses, overlap at k = "
+        f"{report.k}; {report.reading}"
+    )
+
+
+@click.command("regions")
+@config_options(
+    RegionProbeConfig,
+    {"store": ["url", "rollouts"], "regions": list(RegionProbe.model_fields)},
+)
+@figure_option
+@format_option
+def regions_command(form: str, figure: Path | None, **flags: Any) -> None:
+    """Measure the mass and the gradient on the overlap of both top-k, and outside of it.
+
+    The gradient is that of opd (Eq. 5 of the paper) and of opd_released by the logits of the
+    student that sampled. Reads the store alone: no model is loaded.
+
+    Example: logitcask probe regions --store ./store --figure regions.svg
+    """
+    from dataclasses import asdict
+
+    from logitcask.engine.commands.probe_topk import run_region_probe
+
+    config = config_from_flags(RegionProbeConfig, flags)
+    with progress_bar() as progress:
+        report = run_region_probe(config, figure, progress=progress)
+    if form == "json":
+        print_result(asdict(report), form)
+        return
+    print_table(
+        [
+            {
+                "region": name,
+                **{key: value for key, value in asdict(each).items() if type(value) is float},
+                **{f"gradient_{key}": value for key, value in each.gradient.items()},
+                **{f"share_{key}": value for key, value in each.share.items()},
+            }
+            for name, each in report.regions.items()
+        ],
+        form,
+    )
+    click.echo(f"top {report.k} of both models, {report.rows:,} rows; {report.reading}")
+
+
+STORE_PROBES = [reward_command, positions_command, correctness_command, regions_command]

@@ -7,7 +7,12 @@ import numpy as np
 import torch
 
 from logitcask.engine.commands.resolve import rendering_of, snapshot_of, student_of
-from logitcask.engine.config.probes import PositionProbeConfig, ProbeConfig, RewardProbeConfig
+from logitcask.engine.config.probes import (
+    CorrectnessProbeConfig,
+    PositionProbeConfig,
+    ProbeConfig,
+    RewardProbeConfig,
+)
 from logitcask.engine.errors import ConfigError, IdentityError, StoreError
 from logitcask.engine.events import EventHandler
 from logitcask.engine.models.digests import replace_text
@@ -16,6 +21,7 @@ from logitcask.engine.models.load import load_student, quiet
 from logitcask.engine.objectives import parse_objective
 from logitcask.engine.packing.batches import planned
 from logitcask.engine.probes import figures
+from logitcask.engine.probes.correctness import CorrectnessReport, correctness_report
 from logitcask.engine.probes.metrics import Bin, means_by_position, measure
 from logitcask.engine.probes.positions import PositionReport, position_report
 from logitcask.engine.probes.reward import RewardReport, reward_report, sequence_rewards
@@ -198,4 +204,28 @@ def run_position_probe(config: PositionProbeConfig, figure: Path | None = None) 
     )
     if figure is not None:
         figures.draw_positions(figure, report.ranges, report.versions)
+    return report
+
+
+def run_correctness_probe(
+    config: CorrectnessProbeConfig, figure: Path | None = None
+) -> CorrectnessReport:
+    """Compare teacher and student on correct and incorrect responses; raises as
+    `correctness_report`.
+
+    figure: file for the means of both groups with their standard errors.
+    """
+    if figure is not None:
+        figures.check_file(figure)
+    store, chosen = open_store(config.store.url), config.correctness
+    snapshot = snapshot_of(store, chosen.snapshot)
+    report = correctness_report(
+        store,
+        snapshot,
+        rollouts=config.store.rollouts,
+        teacher=chosen.teacher,
+        correct_from=chosen.correct_from,
+    )
+    if figure is not None:
+        figures.draw_correctness(figure, report.measures)
     return report

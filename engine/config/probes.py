@@ -44,6 +44,39 @@ class PositionProbe(StoredScores):
     bins: Positive = Field(8, description="Ranges of positions in the response, equally wide.")
 
 
+class CorrectnessProbe(RewardProbe):
+    """Keys of [correctness]: those of [reward]."""
+
+
+class RegionProbe(StoredScores):
+    k: int | None = Field(
+        None,
+        ge=2,
+        description="Ids of the top-k of both models; default: 16, or as many as are stored.",
+    )
+
+
+class TopkProbe(StoredScores):
+    model: str | None = Field(
+        None,
+        description="Student, a Hugging Face model folder or hub id: with --teacher-model, also "
+        "measure bias and variance of gradient estimators on a sample, from all logits.",
+    )
+    teacher_model: str | None = Field(
+        None, description="Teacher for that, over the student's tokenizer."
+    )
+    positions: Positive = Field(
+        512, description="Response positions of that sample, of up to 64 responses."
+    )
+
+
+class DriftProbe(StoredScores):
+    pack_length: Positive = Field(
+        PACK_LENGTH,
+        description="Tokens of one pack, prompts included: one forward pass. Bounds memory.",
+    )
+
+
 class ProbeConfig(Section):
     """Sections of `logitcask probe metrics`."""
 
@@ -65,3 +98,33 @@ class PositionProbeConfig(Section):
 
     store: StoreSection
     positions: PositionProbe = PositionProbe()
+
+
+class CorrectnessProbeConfig(Section):
+    """Sections of `logitcask probe correctness`."""
+
+    store: StoreSection
+    correctness: CorrectnessProbe = CorrectnessProbe()
+
+
+class RegionProbeConfig(Section):
+    """Sections of `logitcask probe regions`."""
+
+    store: StoreSection
+    regions: RegionProbe = RegionProbe()
+
+
+class TopkProbeConfig(Section):
+    """Sections of `logitcask probe k`."""
+
+    store: StoreSection
+    topk: TopkProbe = TopkProbe()
+    run: Run = Run()
+
+
+class DriftProbeConfig(Section):
+    """Sections of `logitcask probe drift`."""
+
+    store: StoreSection
+    drift: DriftProbe = DriftProbe()
+    run: Run = Run()

@@ -1,5 +1,6 @@
 """Figures of the probes, by matplotlib: SVG, PNG or PDF, by the name of the file."""
 
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,8 @@ from logitcask.engine.errors import ConfigError
 SUFFIXES = (".svg", ".png", ".pdf")
 COLORS = {"correct": "#0072B2", "incorrect": "#D55E00"}
 """Of Okabe and Ito: they differ for colour-blind readers, and in gray."""
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+"""Of Okabe and Ito too, for up to four lines."""
 MOST_NAMES = 12
 """Versions that are named at an axis, at most."""
 LINES = (
@@ -104,6 +107,126 @@ def draw_positions(file: Path, ranges: Sequence[Any], versions: Mapping[int, Any
         axes.set_ylabel("version of the student")
         figure.colorbar(drawn, ax=axes, label=f"{name}, nats")
     _save(figure, file)
+
+
+def draw_correctness(file: Path, measures: Mapping[str, Any]) -> None:
+    """Draw each measure in both groups, with standard errors; measures: of a CorrectnessReport."""
+    plt = _pyplot()
+    names = [name for name, each in measures.items() if each.difference is not None]
+    columns = 4
+    figure, grid = plt.subplots(
+        math.ceil(len(names) / columns),
+        columns,
+        figsize=(10, 8),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes in grid.flat[len(names) :]:
+        axes.set_visible(False)
+    for axes, name in zip(grid.flat, names, strict=False):
+        each = measures[name]
+        for at, group in enumerate(COLORS):
+            value, error = getattr(each, group), getattr(each, f"{group}_se")
+            axes.bar(at, value, yerr=error, color=COLORS[group], capsize=3)
+        axes.set_xticks(range(len(COLORS)), COLORS)
+        axes.set_title(name, fontsize=9)
+        axes.axhline(0, color="black", linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, file)
+
+
+def draw_regions(file: Path, regions: Mapping[str, Any], k: int) -> None:
+    """Draw mass and share of the gradient of each region; regions: of a RegionReport at k."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
+    bars = {
+        "mass of the student": [each.student_mass for each in regions.values()],
+        "mass of the teacher": [each.teacher_mass for each in regions.values()],
+        **{
+            f"gradient of {name}": [each.share[name] or 0.0 for each in regions.values()]
+            for name in next(iter(regions.values())).share
+        },
+    }
+    width = 0.8 / len(bars)
+    for i, ((label, values), color) in enumerate(zip(bars.items(), PALETTE, strict=True)):
+        places = [at + (i - (len(bars) - 1) / 2) * width for at in range(len(regions))]
+        axes.bar(places, values, width, label=label, color=color)
+    axes.set_xticks(range(len(regions)), regions)
+    axes.set_ylabel(f"share, top {k} of both models")
+    _finish(axes)
+    _save(figure, file)
+
+
+def draw_topk(file: Path, table: Sequence[Any], estimators: Sequence[Any]) -> None:
+    """Draw mass against k, and the error of each estimator if there are any.
+
+    table, estimators: of a TopKReport and an EstimatorReport.
+    """
+    plt = _pyplot()
+    panels = 2 if estimators else 1
+    figure, rows = plt.subplots(
+        panels, figsize=(7, 4 * panels), layout="constrained", squeeze=False
+    )
+    axes = rows[0][0]
+    names = ("student_on_student", "teacher_on_teacher", "teacher_on_student", "coverage")
+    for name, color in zip(names, PALETTE, strict=True):
+        axes.plot(
+            [t.k for t in table], [getattr(t, name) for t in table], "o-", color=color, label=name
+        )
+    axes.plot([t.k for t in table], [t.overlap_ratio for t in table], "k:", label="overlap_ratio")
+    axes.set_ylabel("share")
+    axes.set_ylim(0, 1.02)
+    if estimators:
+        axes = rows[1][0]
+        kinds = dict.fromkeys(each.estimator for each in estimators)
+        for kind, style in zip(
+            kinds, itertools.product(("-", "--"), (*PALETTE, "black")), strict=False
+        ):
+            of = [each for each in estimators if each.estimator == kind]
+            axes.plot(
+                *([e.k for e in of], [e.rms_error for e in of]),
+                linestyle=style[0],
+                color=style[1],
+                marker="o",
+                markersize=4,
+                label=kind,
+            )
+        axes.set_yscale("log")
+        axes.set_ylabel("error of the gradient, relative")
+    for each in rows[:, 0]:
+        each.set_xscale("log", base=2)
+        each.set_xlabel("k: ids of the top-k, or draws")
+        _finish(each)
+    _save(figure, file)
+
+
+def draw_drift(file: Path, lines: Sequence[Any], bounds: Any) -> None:
+    """Draw coverage, overlap and approx_kl against the lag, with the bounds of a training.
+
+    lines: of a DriftReport.
+    """
+    plt = _pyplot()
+    figure, (upper, lower) = plt.subplots(2, figsize=(7, 8), layout="constrained", sharex=True)
+    lag = [each.lag for each in lines]
+    for axes, name, color in (
+        (upper, "cache/coverage", PALETTE[0]),
+        (upper, "overlap/ratio", PALETTE[1]),
+        (lower, "cache/approx_kl", PALETTE[2]),
+    ):
+        axes.plot(lag, [each.means[name] for each in lines], "o", color=color, label=name)
+    upper.axhline(bounds.min_coverage, color="black", linestyle=":", label="--min-coverage")
+    lower.axhline(bounds.max_drift, color="black", linestyle=":", label="--max-drift")
+    upper.set_ylim(0, 1.02)
+    lower.set_ylabel("nats")
+    lower.set_xlabel("updates since the rollouts")
+    _finish(upper)
+    _finish(lower)
+    _save(figure, file)
+
+
+def _finish(axes: Any) -> None:
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _save(figure: Any, file: Path) -> None:

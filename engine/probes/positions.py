@@ -66,11 +66,15 @@ def position_report(
     counts.
     """
     selection = select(snapshot, rollouts=rollouts, teacher=teacher)
-    k = _common_k(selection)
+    k = common_k(selection)
     found: list[tuple[Array, Array, Array]] = []
     for index in range(len(selection.segments)):
         for block in blocks(store, selection, index):
-            found.append(_measure(block, k))
+            counts, values = row_values(block, k)
+            position, version = (
+                column_of(block, name)[counts] for name in ("position", "policy_version_start")
+            )
+            found.append((position, version, values[counts]))
     position, version, values = (np.concatenate(each) for each in zip(*found, strict=True))
     if not len(position):
         raise IncompleteError(
@@ -87,8 +91,11 @@ def position_report(
     return PositionReport(k=k, ranges=whole, versions=versions, reading=_reading(whole))
 
 
-def _common_k(selection: Selection) -> int:
-    """Return the k at which the top-k of both models is stored for every row."""
+def common_k(selection: Selection) -> int:
+    """Return the k at which the top-k of both models is stored for every row.
+
+    Raises IncompleteError without scores, without the student's lists, and for a teacher's draws.
+    """
     known = [MOST_K]
     for segment, scores in selection.segments:
         sampled = segment.provenance.get("set", {}).get("student_topk", 0)
@@ -100,12 +107,18 @@ def _common_k(selection: Selection) -> int:
                 if not scores
                 else "sample with --student-topk 16",
             )
-        known += [int(sampled), int(scores[0].provenance["request"]["teacher_topk_min"])]
+        request = scores[0].provenance["request"]
+        if request.get("selection") == "sampled":
+            raise IncompleteError(
+                f"the scores of {selection.teacher!r} are the teacher's draws, not its top-k",
+                hint="probe scores that were made without --draws",
+            )
+        known += [int(sampled), int(request["teacher_topk_min"])]
     return min(known)
 
 
-def _measure(block: Block, k: int) -> tuple[Array, Array, Array]:
-    """Return [R] position, [R] version and [R, M] values of the rows that count; NaN = none."""
+def row_values(block: Block, k: int) -> tuple[Array, Array]:
+    """Return [P] bool, the scored rows that count in a loss, and [P, M] MEASURES; NaN = none."""
     columns = {name: column for name, column in block.items() if column is not None}
     scored = columns["teacher_entropy"].valid
     counts = columns["loss_mask"].values.astype(bool)
@@ -135,8 +148,15 @@ def _measure(block: Block, k: int) -> tuple[Array, Array, Array]:
         ],
         axis=1,
     )
-    position, version = columns["position"].values, columns["policy_version_start"].values
-    return position[counts], version[counts], values[counts]
+    return counts, values
+
+
+def column_of(block: Block, name: str) -> Array:
+    """Return [P] the values of a column that every row has."""
+    column = block[name]
+    assert column is not None, "a column of rollouts"
+    values: Array = column.values
+    return values
 
 
 def _best(columns: Mapping[str, Column], ids: str, lp: str, k: int) -> tuple[Array, Array]:

@@ -1,0 +1,1 @@
+"""Mass and gradient of the top-k ids of student and teacher."""

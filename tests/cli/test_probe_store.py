@@ -1,0 +1,35 @@
+"""Output of `logitcask probe`: tables, JSON without NaN, and the sentence on how to read it."""
+
+from typing import Any
+
+from tests.cli.conftest import World
+
+
+def test_probes_of_a_store_print_tables_and_json(world: World, call: Any) -> None:
+    regions = call("probe regions --store @st --format json").json
+    assert regions["k"] == 4
+    assert regions["regions"]["union"]["ids"] >= regions["regions"]["overlap"]["ids"]
+    text = call("probe regions --store @st").out.splitlines()
+    assert text[0].split()[:3] == ["region", "ids", "student_mass"]
+    assert regions["reading"] in text[-1]
+    topk = call("probe k --store @st --format json").json
+    assert [each["k"] for each in topk["table"]] == [1, 2, 4]
+    assert topk["estimators"] is None
+    assert topk["reading"] in call("probe k --store @st").out
+    models = "--model @student --teacher-model @teacher --positions 8 --device cpu"
+    both = call(f"probe k --store @st {models}")
+    assert "student_topk_bucket" in both.out, both.err
+    drift = call("probe drift --store @st --model @student --device cpu --format json").json
+    assert [each["lag"] for each in drift["lines"]] == [0, 0]
+    sampler, student = (each["means"] for each in drift["lines"])
+    # The student has not moved, so its draws are those of the store.
+    assert student["cache/approx_kl"] < 1e-6
+    assert student["cache/coverage"] >= sampler["cache/coverage"] - 1e-3
+    assert "--max-drift" in call("probe drift --store @st --model @student --device cpu").out
+
+
+def test_a_probe_names_what_the_store_lacks(call: Any) -> None:
+    call("probe correctness --store @st").assert_error(3, "have no rewards", "--grader")
+    call("probe regions --store @st --k 9").assert_error(1, "top 4 ids of both", "--k 4")
+    call("probe k --store @st --model @student").assert_error(2, "one of them is given", "neither")
+    call("probe drift --store @st --run @none").assert_error(2, "holds no student", "--model")
