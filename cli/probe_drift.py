@@ -38,7 +38,7 @@ def k_command(form: str, figure: Path | None, **flags: Any) -> None:
 
     Example: logitcask probe k --store ./store --figure k.svg
     """
-    from logitcask.engine.commands.probe_topk import run_topk_probe
+    from logitcask.engine.commands.probes.topk import run_topk_probe
 
     config = config_from_flags(TopkProbeConfig, flags)
     with progress_bar() as progress:
@@ -93,7 +93,7 @@ def drift_command(
 
     Example: logitcask probe drift --store ./store --run ./run --figure drift.svg
     """
-    from logitcask.engine.commands.probe_topk import run_drift_probe
+    from logitcask.engine.commands.probes.topk import run_drift_probe
 
     config = config_from_flags(DriftProbeConfig, flags)
     with progress_bar() as progress:

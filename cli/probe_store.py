@@ -128,7 +128,7 @@ def regions_command(form: str, figure: Path | None, **flags: Any) -> None:
     """
     from dataclasses import asdict
 
-    from logitcask.engine.commands.probe_topk import run_region_probe
+    from logitcask.engine.commands.probes.topk import run_region_probe
 
     config = config_from_flags(RegionProbeConfig, flags)
     with progress_bar() as progress:

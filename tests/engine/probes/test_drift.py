@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from logitcask.engine.commands.probe import run_position_probe
-from logitcask.engine.commands.probe_topk import run_drift_probe
+from logitcask.engine.commands.probes.topk import run_drift_probe
 from logitcask.engine.config.probes import DriftProbeConfig, PositionProbeConfig
 from logitcask.engine.errors import ConfigError, IdentityError, ObjectiveError
 from logitcask.engine.models.identity import write_metadata

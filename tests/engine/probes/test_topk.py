@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.commands.probe import run_position_probe
-from logitcask.engine.commands.probe_topk import run_region_probe, run_topk_probe
+from logitcask.engine.commands.probes.topk import run_region_probe, run_topk_probe
 from logitcask.engine.config.probes import PositionProbeConfig, RegionProbeConfig, TopkProbeConfig
 from logitcask.engine.errors import ConfigError, IncompleteError, ObjectiveError
 from logitcask.engine.exchange.positions import positions

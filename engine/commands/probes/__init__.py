@@ -1,0 +1,1 @@
+"""Commands of `logitcask probe` beyond those of engine/commands/probe.py."""
