@@ -220,6 +220,21 @@ def test_a_side_without_mass_leaves_the_bounds_finite() -> None:
         assert 0 <= v["kl/forward_bound"].item() <= whole + 1e-12
 
 
+def test_the_bounds_hold_for_the_interval_of_a_tail() -> None:
+    """Take the rounded sum of returned top ids: the teacher's tail is anywhere from 0 to 1e-6."""
+    live, sure = row(P), torch.tensor([[20.0, 18, 0, 0, -1, -2]], dtype=torch.float64)
+    log_p, log_q = live.log_softmax(-1), sure.log_softmax(-1)
+    full = make_full(live, sure, student_k=1, kept=2)
+    wide = replace(full.targets, q_log_tail=torch.tensor([1e-6], dtype=torch.float64).log())
+    assert full.targets.q_log_tail.exp().item() < 1e-7
+    v = compute_metrics(view_of(full, 6), wide)
+    exact = compute_metrics(view_of(full, 6), full.targets)
+    for name, a, b in (("forward", log_q, log_p), ("reverse", log_p, log_q)):
+        whole = (a.exp() * (a - b)).sum().item()
+        assert 0 <= v[f"kl/{name}_bound"].item() <= whole + 1e-5
+        assert v[f"kl/{name}_bound"].item() <= exact[f"kl/{name}_bound"].item() + 1e-5
+
+
 def test_agreement_is_of_the_best_ids_alone() -> None:
     swapped = [Q[1], Q[0], *Q[2:]]
     for teacher, expected in ((Q, 0.0), (swapped, 1.0)):
