@@ -73,6 +73,8 @@ def check_exactness(objective: Objective | Preset, cache: CacheInfo) -> Exactnes
 def served(objective: Objective) -> Served:
     """Return the exactness of an objective on any cache that has the data it needs."""
     names = {modifier.name for modifier in objective.modifiers}
+    if _is_sft(objective):
+        return Served.EXACT
     if "fixed" in names:
         return Served.CONTROL
     if objective.support in ("union", "non_overlap"):
@@ -90,6 +92,12 @@ def served(objective: Objective) -> Served:
     if _is_cut(objective):
         return Served.CUT
     return Served.COARSENED if objective.tail == "bucket" else Served.EXACT
+
+
+def _is_sft(objective: Objective) -> bool:
+    """Return whether the cross-entropy on the stored tokens is the whole loss."""
+    off = any(isinstance(each, FixedAdvantage) and each.is_off for each in objective.modifiers)
+    return off and all(isinstance(each, CrossEntropy) for each in objective.terms)
 
 
 def _is_cut(objective: Objective) -> bool:
@@ -197,6 +205,8 @@ def _own_estimator(objective: Objective, cache: CacheInfo) -> str:
     names = {modifier.name for modifier in objective.modifiers}
     if "floor" in names:
         return f"{draws} per position, biased by the floor"
+    if any(isinstance(each, FixedAdvantage) and each.is_off for each in objective.modifiers):
+        return "no loss of its own: the advantage is 0"
     if "fixed" in names:
         return "one draw per position with a fixed advantage: on policy its mean gradient is zero"
     # The MC ids come from the full distribution at temperature 1, however the token was sampled.

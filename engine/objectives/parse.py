@@ -15,7 +15,7 @@ OTHER_NAMES: Mapping[tuple[str, ...], str] = {
     ("opd", "sampled_token", "full_vocab"): "reverse_kl rkl reverse kl kl_divergence on_policy "
     "on_policy_distillation",
     ("sampled_token",): "k1 policy_gradient reinforce importance_sampling tinker",
-    ("forward_kl",): "fkl kld forward kl_forward cross_entropy ce sft",
+    ("forward_kl",): "fkl kld forward kl_forward cross_entropy ce",
     ("forward_kl_topk",): "zero missing_zero zero_outside_topk truncated_kl topk_kl",
     ("kd",): "soft_labels soft_targets hinton temperature kd_temperature",
     ("mixed_kl",): "mixed jeffreys symmetric_kl",
@@ -24,6 +24,7 @@ OTHER_NAMES: Mapping[tuple[str, ...], str] = {
     ("gkd",): "jsd js jensen_shannon generalized_jsd gjsd jsd_loss",
     ("teacher_topk",): "topk top_k reverse_kl_topk",
     ("rs_kd",): "random_sampling rskd",
+    ("sft",): "supervised_fine_tuning nll token_cross_entropy",
     ("fixed_advantage",): "no_teacher control grpo rloo rl",
 }
 """Presets -> names of their loss in papers and other libraries."""

@@ -3,6 +3,7 @@
 from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.objectives.modifiers import (
     CrossEntropy,
+    FixedAdvantage,
     Importance,
     Prune,
     ReturnToGo,
@@ -60,7 +61,8 @@ def _check_unknown_draws(objective: Objective, cache: CacheInfo) -> None:
     """Raise ObjectiveError for what rests on the distribution that the tokens were drawn from."""
     names = [each.name for each in objective.modifiers if isinstance(each, Importance)]
     names += [each.name for each in objective.terms if not isinstance(each, CrossEntropy)]
-    if objective.support in ("sampled", "mc"):
+    off = any(isinstance(each, FixedAdvantage) and each.is_off for each in objective.modifiers)
+    if objective.support in ("sampled", "mc") and not off:
         cause = f"support {objective.support!r} averages over draws of the student"
     elif names:
         cause = f"modifier {names[0]!r} rests on draws of the student"

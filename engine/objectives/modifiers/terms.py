@@ -141,6 +141,11 @@ class FixedAdvantage(Modifier):
     name: ClassVar[str] = "fixed"
     nats: float = -1.0
 
+    @property
+    def is_off(self) -> bool:
+        """Return whether the objective has no part of its own, so that its terms are all of it."""
+        return self.nats == 0
+
     def check(self, objective: Combination) -> None:
         self.require_range("nats", -math.inf, math.inf)
         self.require_policy_gradient(objective)

@@ -3,6 +3,7 @@
 from logitcask.engine.objectives.modifiers import (
     Baseline,
     Clip,
+    CrossEntropy,
     EntropyGate,
     Extrapolate,
     FixedAdvantage,
@@ -13,7 +14,7 @@ from logitcask.engine.objectives.modifiers import (
     Stepwise,
 )
 from logitcask.engine.objectives.objective import Objective
-from logitcask.engine.objectives.presets.base import Preset
+from logitcask.engine.objectives.presets.base import FIXED, Preset
 
 TOKEN = "teacher's log-prob of the sampled token"
 ON_POLICY = (
@@ -146,5 +147,15 @@ ON_DRAWS = (
         "gain by the teacher's values. On policy its mean gradient is zero, later it lowers the "
         "sampled ids. fixed_advantage+fixed(nats=-0.1) sets another c, and c = 0 with +reward is "
         "reinforcement learning alone.",
+    ),
+    Preset(
+        name="sft",
+        objective=_drawn(FixedAdvantage(0.0), CrossEntropy(1.0)),
+        source="supervised fine-tuning, the cold start of arXiv 2604.13016, section 5.1, Table 3",
+        formula="-log p(y), y of any text",
+        needs="any scores: none of their values is read",
+        staleness=FIXED,
+        note="Cross-entropy on the stored tokens. On samples of the student itself it teaches "
+        "nothing: it is for text of a teacher (recipe cold-start, import).",
     ),
 )

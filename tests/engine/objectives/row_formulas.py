@@ -110,6 +110,10 @@ def fixed_advantage(row: Row) -> tuple[Tensor, Tensor]:
     return torch.ones((), dtype=torch.float64), row.p[row.y]
 
 
+def sft(row: Row) -> tuple[Tensor, Tensor]:
+    return -row.p[row.y], -row.p[row.y]
+
+
 FORMULAS: dict[str, Callable[[Row], tuple[Tensor, Tensor]]] = {
     "exopd": exopd,
     "vopd": vopd,
@@ -120,4 +124,5 @@ FORMULAS: dict[str, Callable[[Row], tuple[Tensor, Tensor]]] = {
     "async_mc": async_mc,
     "minillm": minillm,
     "fixed_advantage": fixed_advantage,
+    "sft": sft,
 }

@@ -50,7 +50,7 @@ def cache_for(name: str) -> CacheInfo:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_exactness_of_every_preset(name: str) -> None:
-    exact = ("overlap", "teacher_topk", "full_vocab", "veto", "mixed_kl", "kd")
+    exact = ("overlap", "teacher_topk", "full_vocab", "veto", "mixed_kl", "kd", "sft")
     coarse = ("forward_kl", "gkd", "skew_kl", "skew_reverse_kl", "alpha_divergence")
     kinds = {
         **dict.fromkeys(exact, Served.EXACT),
@@ -219,7 +219,7 @@ def test_whole_scores_serve_everything_else() -> None:
     for name in served:
         whole = replace(cache_for(name), at_student=False)
         scores = check_exactness(PRESETS[name], whole).scores
-        assert scores.startswith("not read" if name == "fixed_advantage" else "exact")
+        assert scores.startswith("not read" if name in ("fixed_advantage", "sft") else "exact")
 
 
 @pytest.mark.parametrize(

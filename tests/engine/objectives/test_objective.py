@@ -152,7 +152,7 @@ def test_presets_are_those_of_their_papers() -> None:
     sampled = ("sampled", "reverse_kl", "ignore", "policy_gradient", 1)
     drawn = ("sampled_token", "lightning", "exopd", "vopd", "vopd_cached", "eopd", "reopold", "sod")
     assert rows == {
-        **dict.fromkeys((*drawn, "fixed_advantage"), sampled),
+        **dict.fromkeys((*drawn, "fixed_advantage", "sft"), sampled),
         "minillm": ("student", "reverse_kl", "renormalize", "divergence", 16),
         "overlap": ("overlap", "reverse_kl", "renormalize", "divergence", 16),
         "opd": ("student", "reverse_kl", "renormalize", "divergence", 16),
@@ -190,6 +190,7 @@ def test_presets_are_those_of_their_papers() -> None:
         "async_mc": ["importance"],
         "minillm": ["return_to_go"],
         "fixed_advantage": ["fixed"],
+        "sft": ["fixed", "ce"],
     }
     for name, preset in PRESETS.items():
         assert preset.name == name
