@@ -19,8 +19,8 @@ MOST_NAMES = 12
 LINES = (
     ("entropy/teacher", "#0072B2", "-"),
     ("entropy/student", "#D55E00", "-"),
-    ("kl/reverse", "#009E73", "--"),
-    ("kl/forward", "#000000", ":"),
+    ("kl/reverse_bound", "#009E73", "--"),
+    ("kl/forward_bound", "#000000", ":"),
 )
 """Value -> color and style of its line."""
 
@@ -94,7 +94,7 @@ def draw_positions(file: Path, ranges: Sequence[Any], versions: Mapping[int, Any
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     if panels > 1:
-        axes, name = rows[1][0], "kl/reverse"
+        axes, name = rows[1][0], "kl/reverse_bound"
         grid = [
             [math.nan if each.means[name] is None else each.means[name] for each in versions[v]]
             for v in sorted(versions)

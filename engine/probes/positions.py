@@ -6,7 +6,7 @@ the rows of a range of positions that count in a loss; p is the student that sam
 
     entropy/teacher, entropy/student   nats, over the vocabulary
     entropy/gap                        |H(q) - H(p)|, nats (Eq. 8)
-    kl/reverse, kl/forward             nats, lower bounds: see engine/exchange/README.md
+    kl/reverse_bound, _forward_bound   nats, see engine/exchange/README.md
     overlap/ratio                      |TopK(p) and TopK(q)| / k (Eq. 6)
     overlap/mass_student, _teacher     mass of the common ids under p and under q (Eq. 9 and 10)
 """
@@ -25,7 +25,7 @@ from logitcask.engine.types import Array
 MOST_K = 16
 """k of the paper; less where a store has fewer ids."""
 MEASURES = (
-    *("entropy/teacher", "entropy/student", "entropy/gap", "kl/reverse", "kl/forward"),
+    *("entropy/teacher", "entropy/student", "entropy/gap", "kl/reverse_bound", "kl/forward_bound"),
     *("overlap/ratio", "overlap/mass_student", "overlap/mass_teacher"),
 )
 
@@ -183,7 +183,7 @@ def _ranges(cuts: Array, position: Array, values: Array) -> tuple[Range, ...]:
 
 
 def _reading(ranges: tuple[Range, ...]) -> str:
-    first, last = (each.means["kl/reverse"] for each in (ranges[0], ranges[-1]))
+    first, last = (each.means["kl/reverse_bound"] for each in (ranges[0], ranges[-1]))
     if len(ranges) < 2 or first is None or last is None:
         return "too few positions to compare the beginning with the end"
     where = f"{first:.3g} nats at the beginning, {last:.3g} at the end"

@@ -55,7 +55,7 @@ def test_means_are_those_of_the_rows_of_each_group(store: Store, tmp_path: Path)
             "token/advantage_size": np.abs(gap).mean(),
             "token/negative_share": (gap < 0).mean(),
             "token/disagree_share": np.mean([r["teacher_ids"][0] != r["token"] for r in rows_of]),
-            "kl/reverse": np.mean([r["reverse_kl"] for r in rows_of]),
+            "kl/reverse_bound": np.mean([r["reverse_kl"] for r in rows_of]),
         }
         found = {name: getattr(report.measures[name], group) for name in expected}
         assert found == pytest.approx(expected, rel=1e-5)

@@ -95,7 +95,7 @@ def test_the_reading_names_where_the_models_part(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s", [replace(unit, scores=made)])
     report = run_position_probe(config(store, bins=4))
     assert "part towards the end" in report.reading
-    assert report.ranges[0].means["kl/reverse"] == pytest.approx(0, abs=1e-4)
+    assert report.ranges[0].means["kl/reverse_bound"] == pytest.approx(0, abs=1e-4)
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
