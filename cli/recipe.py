@@ -1,26 +1,144 @@
 """`logitcask recipe`: remedies and controls of the paper, one command each."""
 
 from pathlib import Path
+from typing import Any
 
 import rich_click as click
 
-from logitcask.cli.options import config_file_arguments, dry_run_option, format_option
+from logitcask.cli.options import (
+    config_file_arguments,
+    config_from_flags,
+    config_options,
+    dry_run_option,
+    format_option,
+)
 from logitcask.cli.output import print_event, print_result
+from logitcask.cli.progress import progress_bar
 from logitcask.cli.recipe_named import NAMED
 from logitcask.engine.config.parse.toml import read_toml, to_toml
+from logitcask.engine.config.recipes import (
+    BestOfN,
+    BestOfNConfig,
+    ColdStart,
+    ColdStartConfig,
+    PromptRecipe,
+    PromptRecipeConfig,
+)
 
 
 @click.group("recipe", context_settings={"help_option_names": ["-h", "--help"]})
 def recipe_command() -> None:
     """Change what goes into a distillation, by the recipes of arXiv 2604.13016.
 
-    Each recipe reads the TOML file of `distill`, so one file describes the distillation and its
-    controls.
+    Recipes with models read the TOML file of `distill`, so one file describes the distillation, its
+    cold start and its controls.
 
     `list` and `show` are of named settings, with which `distill --recipe NAME` begins.
 
-    Example: logitcask recipe reverse distill.toml --out reverse.toml
+    Example: logitcask recipe cold-start distill.toml --out ./cold
     """
+
+
+for _command in NAMED:
+    recipe_command.add_command(_command)
+
+
+@recipe_command.command("cold-start")
+@config_file_arguments
+@config_options(ColdStartConfig, {"cold_start": list(ColdStart.model_fields)})
+@click.option(
+    "--then", is_flag=True, help="Run `distill` with the file from this student on at once."
+)
+@format_option
+@dry_run_option
+def cold_start_command(
+    config: Path, overrides: tuple[str, ...], then: bool, form: str, dry_run: bool, **flags: Any
+) -> None:
+    """Fine-tune the student on accepted responses of its teacher, before it is distilled.
+
+    The teacher of the file samples; truncated and degenerate responses are rejected and their
+    prompts sampled again; the student learns the others by cross-entropy (section 5.1). Rerun the
+    same command to resume. The last line is the command that distils this student.
+
+    Example: logitcask recipe cold-start distill.toml --prompts sft.jsonl --out ./cold
+    """
+    resolved = read_toml(config, overrides)
+    sections = config_from_flags(ColdStartConfig, flags)
+    if dry_run:
+        from logitcask.engine.recipes.cold_start import prove_cold_start
+
+        prove_cold_start(resolved, sections.cold_start, print_event)
+        click.echo(to_toml(resolved) + "\n" + to_toml(sections))
+        return
+    from logitcask.engine.recipes.cold_start import run_cold_start, shown
+
+    with progress_bar() as progress:
+        report = run_cold_start(
+            resolved, sections.cold_start, file=str(config), progress=progress, on_event=print_event
+        )
+    if not then:
+        print_result(report if form == "json" else shown(report), form)
+        return
+    for name, value in shown(report).items():
+        print_event(f"{name}: {value}")
+    distill(config, (*overrides, *report.overrides), form)
+
+
+@recipe_command.command("best-of-n")
+@config_file_arguments
+@config_options(BestOfNConfig, {"best_of_n": list(BestOfN.model_fields)})
+@format_option
+@dry_run_option
+def best_of_n_command(
+    config: Path, overrides: tuple[str, ...], form: str, dry_run: bool, **flags: Any
+) -> None:
+    """Keep one of several responses of the teacher to each prompt, as rollouts to train on.
+
+    A correct one first, then the one most similar to the student (arXiv 2605.09725). The teacher's
+    scores go with them, so `train` needs no more. Rerun the same command to resume.
+
+    Example: logitcask recipe best-of-n distill.toml --n 4 --incorrect drop
+    """
+    resolved = read_toml(config, overrides)
+    sections = config_from_flags(BestOfNConfig, flags)
+    if dry_run:
+        from logitcask.engine.recipes.best_of_n import prove_best_of_n
+
+        prove_best_of_n(resolved, sections.best_of_n, print_event)
+        click.echo(to_toml(resolved) + "\n" + to_toml(sections))
+        return
+    from logitcask.engine.recipes.best_of_n import run_best_of_n
+
+    with progress_bar() as progress:
+        report = run_best_of_n(
+            resolved, sections.best_of_n, progress=progress, on_event=print_event
+        )
+    print_result(report, form)
+
+
+@recipe_command.command("prompts")
+@click.argument("file", type=click.Path(path_type=Path))
+@config_options(PromptRecipeConfig, {"prompt_recipe": list(PromptRecipe.model_fields)})
+@format_option
+@dry_run_option
+def prompts_command(file: Path, form: str, dry_run: bool, **flags: Any) -> None:
+    """Give prompts the teacher's template, drop duplicates, and mix others in.
+
+    FILE is read in any form that `rollout` reads; the columns are those of FILE. The result is
+    JSONL with the same ids (section 5.2).
+
+    Example: logitcask recipe prompts prompts.jsonl --template boxed --out boxed.jsonl
+    """
+    sections = config_from_flags(PromptRecipeConfig, flags)
+    if dry_run:
+        from logitcask.engine.recipes.prompts import check_prompt_recipe
+
+        check_prompt_recipe(file, sections.prompt_recipe)
+        click.echo(to_toml(sections))
+        return
+    from logitcask.engine.recipes.prompts import run_prompt_recipe
+
+    print_result(run_prompt_recipe(file, sections.prompt_recipe), form)
 
 
 for _command in NAMED:
@@ -59,20 +177,8 @@ def reverse_command(
         return
     write_once(out, to_toml(found))
     if run:
-        from logitcask.cli.distill import distill_command
-
         print_event(f"written: {out}")
-        assert distill_command.callback is not None, "a command"
-        distill_command.callback(
-            config=out,
-            overrides=(),
-            recipe=None,
-            runner__kind=None,
-            role=None,
-            index=None,
-            form=form,
-            dry_run=False,
-        )
+        distill(out, (), form)
         return
     print_result(
         {
@@ -95,3 +201,20 @@ def write_once(path: Path, text: str) -> None:
             f"--out {path}: it has other contents", hint="remove it, or give another path"
         )
     replace_text(path, text)
+
+
+def distill(file: Path, overrides: tuple[str, ...], form: str) -> None:
+    """Run `logitcask distill FILE` in this process."""
+    from logitcask.cli.distill import distill_command
+
+    assert distill_command.callback is not None, "a command"
+    distill_command.callback(
+        config=file,
+        overrides=overrides,
+        recipe=None,
+        runner__kind=None,
+        role=None,
+        index=None,
+        form=form,
+        dry_run=False,
+    )

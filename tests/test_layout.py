@@ -46,6 +46,8 @@ FENCES = {
     "trl": {"engine/integrations"},
     "deepspeed": {"engine/training/sharding"},
     "vllm": {"engine/backends/vllm"},
+    "sentence_transformers": {"engine/recipes/duplicates.py"},
+    "faiss": {"engine/recipes/duplicates.py"},
     "ray": {"engine/workers/ray", "engine/integrations/verl.py"},
     "verl": {"engine/integrations/verl.py"},
     "triton": {"kernels"},
@@ -71,6 +73,8 @@ HEAVY = (
     "trl",
     "datasets",
     "pyarrow",
+    "sentence_transformers",
+    "faiss",
 )
 VERBS = [
     *("", "rollout", "score", "tap", "train", "distill", "ablate", "objectives", "store", "probe"),
@@ -91,6 +95,9 @@ VERBS = [
         "recipe reverse",
         "recipe list",
         "recipe show",
+        "recipe cold-start",
+        "recipe best-of-n",
+        "recipe prompts",
         "store verify",
         "store gc",
         "store estimate",

@@ -327,6 +327,56 @@ PROBES = [
     ),
 ]
 
+COLD = "recipe cold-start @d.toml --out OUT"
+RECIPES = [
+    Case("no folder for the student", "recipe cold-start @d.toml", 2, "--out", "cold-start --help"),
+    Case("no room for the text", COLD, 2, "max_new_tokens = 12288", "less than 256"),
+    Case(
+        "a teacher that only answers",
+        f"{COLD} --set teacher.model=http://a:1",
+        2,
+        "(a server): this recipe samples",
+        "the teacher's folder",
+    ),
+    Case(
+        "a teacher's other tokenizer",
+        f"{COLD} --max-new-tokens 8 --set teacher.model=other-tokenizer",
+        1,
+        "tokenizer",
+        "student's tokenizer",
+    ),
+    Case(
+        "one of one",
+        "recipe best-of-n @d.toml --n 1",
+        2,
+        "--n = 1",
+        "Responses per prompt",
+    ),
+    Case(
+        "no answers",
+        "recipe best-of-n @d.toml --max-new-tokens 8",
+        1,
+        "'p0' has no answer",
+        "MODULE:FUNCTION",
+    ),
+    Case("no recipe for prompts", "recipe prompts @p.jsonl --out OUT", 2, "none of", "at least"),
+    Case(
+        "embeddings without their packages",
+        "recipe prompts @p.jsonl --out OUT --against @p.jsonl --embedding-model x",
+        2,
+        "embedding_model = x",
+        "logitcask[dedup]",
+    ),
+    Case(
+        "a server learns",
+        "recipe reverse @d.toml --out OUT --set teacher.model=http://a:1",
+        2,
+        "http://a:1: the weights behind a server",
+        "teacher.model=FOLDER",
+    ),
+    Case("a file of others", "recipe reverse @d.toml --out @p.jsonl", 2, "other cont", "remove"),
+]
+
 CASES = {
     f"{kind}-{case.name}".replace(" ", "-"): case
     for kind, cases in {
@@ -340,6 +390,7 @@ CASES = {
         "no-store": NO_STORE,
         "out": OUTS,
         "probe": PROBES,
+        "recipe": RECIPES,
     }.items()
     for case in cases
 }
