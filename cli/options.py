@@ -46,6 +46,7 @@ PANELS = {
     "score": "Stored scores",
     "tap": "Tap",
     "estimate": "Sample",
+    "cost": "Costs",
     "gc": "Retention",
     "train": "Training",
     "lora": "LoRA",

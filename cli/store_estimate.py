@@ -8,6 +8,7 @@ import rich_click as click
 from logitcask.cli.options import MODEL_KEYS, config_from_flags, config_options, format_option
 from logitcask.cli.output import print_event, print_result, print_table
 from logitcask.cli.progress import progress_bar
+from logitcask.engine.config.cost import Cost
 from logitcask.engine.config.sections import EstimateConfig
 
 
@@ -36,6 +37,7 @@ from logitcask.engine.config.sections import EstimateConfig
         ],
         "rollout": ["n", "max_new_tokens", "student_topk", "mc_draws", "stop_token_ids", "grader"],
         "score": ["teacher_topk_min"],
+        "cost": list(Cost.model_fields),
         "run": MODEL_KEYS,
     },
 )
@@ -52,12 +54,21 @@ def estimate_command(model: str, prompts: Path, form: str, **flags: Any) -> None
     `all_prompts` also has the objects, and the requests that an object store bills: put and list
     requests in one price class, get requests in a cheaper one.
 
+    With your prices, also GPU-hours and money of --runs trainings: with the teacher in the trainer,
+    which scores in every run, and with its scores stored once.
+
+    With --response-tokens no model is loaded and nothing is downloaded: hours come from the FLOP of
+    the models and the peaks of --gpu, and the output says what is assumed.
+
     Example: logitcask store estimate ./teacher prompts.jsonl --student ./student
     """
     fixed = {"teacher__model": model, "teacher__name": "estimate", "prompts__file": prompts}
     job = config_from_flags(EstimateConfig, {**flags, **fixed})
-    from logitcask.engine.commands.estimate import run_estimate
+    from logitcask.engine.commands.estimate import declared_costs, run_estimate
 
+    if job.cost.response_tokens is not None:
+        print_result(declared_costs(job), form)
+        return
     with progress_bar() as progress:
         estimate = run_estimate(job, progress=progress, on_event=print_event)
     if form == "json":

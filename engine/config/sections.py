@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from logitcask.engine.config.cost import Cost
 from logitcask.engine.config.loop import LoopScore, LoopTeacher
 from logitcask.engine.config.prompts import GRADER_MEANINGS, Prompts
 from logitcask.engine.config.runner import LoopRunner, StageRunner
@@ -255,7 +256,14 @@ class EstimateConfig(Section):
     rollout: Rollout = Rollout()
     score: Score = Score()
     estimate: Estimate = Estimate()
+    cost: Cost = Cost()
     run: Run = Run()
+
+
+class CostConfig(Section):
+    """Sections of the costs of a recipe."""
+
+    cost: Cost = Cost()
 
 
 class AblateConfig(Section):

@@ -11,7 +11,7 @@ Shapes: P rows, W entries of the full scores.
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -69,10 +69,13 @@ class Estimate:
     scoring_seconds, and `store_requests` in an object store."""
     rows: tuple[Mapping[str, Any], ...]
     """One per profile, top_p and k_max: bytes per position, and lost shares of the KL."""
+    costs: Mapping[str, Any] = field(default_factory=dict)
+    """Hours of a device like this one and money, where prices are given; see cost.py."""
 
     def summary(self) -> dict[str, Any]:
         """Return all fields except the rows."""
-        return {name: getattr(self, name) for name in self.__slots__ if name != "rows"}
+        left_out = {"rows", *(() if self.costs else ("costs",))}
+        return {name: getattr(self, name) for name in self.__slots__ if name not in left_out}
 
 
 def estimate(

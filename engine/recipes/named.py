@@ -26,7 +26,8 @@ from logitcask.engine.config.section import Section
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.errors import ConfigError
 
-KINDS = ("settings", "pairs")
+PAIRS = "pairs"
+KINDS = ("settings", PAIRS)
 """Folders of recipes; one name stands in one of them."""
 HEADER = "recipe"
 """Table of a recipe about itself."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from logitcask.engine.backends.hf import HF
+from logitcask.engine.estimate.sizes import find_size
 from logitcask.engine.score.plan import score
 from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import open_store
@@ -162,14 +163,51 @@ def test_profiles_are_stored_and_trained_from(world: World, call: Any, profile: 
     assert call(f"{TRAIN} {store} --out {world.new('out')}").code == 0
 
 
+def found_ratio(world: World) -> float:
+    """Return the parameters of the student over those of the teacher."""
+    sizes = [
+        find_size(str(world.at(name)), "teacher", parameters=None).parameters
+        for name in ("@student", "@teacher")
+    ]
+    return sizes[0] / sizes[1]
+
+
+def test_an_estimate_without_models(world: World, call: Any) -> None:
+    """Take the sizes of the command line, and 16 sequences of the 8 prompts of the file."""
+    command = (
+        "store estimate no/teacher @p.jsonl --student no/student --n 2 --response-tokens 500 "
+        "--student-parameters 1e9 --student-kv-bytes 100000 --teacher-parameters 4e9 "
+    )
+    found = call(f"{command} --utilisation 0.5 --format json").json
+    assert found["positions"] == 16 * 500
+    assert found["store_bytes"] == 16 * 500 * 97
+    assert found["score_hours"] == pytest.approx(2 * 4e9 * 16 * 756 / 156e12 / 3600)
+    assert found["cost_stored_once"] is None
+    assert "0.5 of the FLOP/s" in found["assumed"]
+    hub = command.replace("@p.jsonl", "hub:a/b")
+    call(hub).assert_error(2, "is not downloaded to count its prompts", "--prompt-count")
+    assert call(f"{hub} --prompt-count 8 --format json").json["positions"] == 16 * 500
+    call(command.replace("--student-kv-bytes 100000", "")).assert_error(
+        1, "the size of the student no/student is not known", "--student-kv-bytes"
+    )
+
+
 def test_estimate_predicts_bytes_and_missed_kl(world: World, call: Any) -> None:
     command = (
         "store estimate @teacher @p.jsonl --student @student --no-chat-template "
         f"--max-new-tokens {NEW} --n {N} --teacher-topk-min 4 --student-topk 4 "
         f"--device cpu --sample 40"
     )
-    found = call(f"{command} --format json").json
+    prices = "--price-gpu-hour 2 --price-gb-month 0 --price-per-1k-requests 0 --runs 3"
+    found = call(f"{command} {prices} --format json").json
     assert found["positions"] >= 40
+    money, hours = found["costs"], found["all_prompts"]["scoring_seconds"] / 3600
+    assert money["score_hours"] == pytest.approx(hours)
+    # Training is 6 N of the student to scoring's 2 N of the teacher, by their config.json.
+    assert money["train_hours"] / hours == pytest.approx(3 * found_ratio(world), rel=0.01)
+    assert money["cost_teacher_in_trainer"] - money["cost_stored_once"] == pytest.approx(
+        2 * 2 * hours
+    ), "two runs of three score again"
     assert 0 < found["overlap_ratio"] < 1
     rows = {(r["profile"], r["top_p"], r["k_max"]): r for r in found["rows"]}
     assert len(rows) == 4 * 3 * 2

@@ -27,7 +27,7 @@ ignore_missing_imports = True
 """
 
 
-FILES = ("prompts", "runner", "tap", "teacher", "loop", "training", "sections")
+FILES = ("prompts", "cost", "runner", "tap", "teacher", "loop", "training", "sections")
 """Files of sections, each after those of the bases of its sections."""
 BASES = {
     **{"StageRunner": "Runner", "LoopRunner": "Runner"},

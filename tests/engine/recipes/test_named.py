@@ -6,12 +6,20 @@ from typing import Any
 
 import pytest
 
+from logitcask.engine.config.cost import Cost
 from logitcask.engine.config.parse.toml import to_toml
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.errors import ConfigError, ObjectiveError
 from logitcask.engine.models import identity
+from logitcask.engine.recipes.costs import recipe_costs
 from logitcask.engine.recipes.dry_run import check_recipe
-from logitcask.engine.recipes.named import load_recipe, missing_keys, read_recipe, recipe_names
+from logitcask.engine.recipes.named import (
+    PAIRS,
+    load_recipe,
+    missing_keys,
+    read_recipe,
+    recipe_names,
+)
 
 GIVEN = ["student.model", "teacher.model", "teacher.name", "prompts.file", "store.url"]
 """Keys that settings leave to their user."""
@@ -124,3 +132,15 @@ def test_recipes_have_a_source_and_only_known_keys() -> None:
         assert "arXiv" in recipe.header.source or "github.com" in recipe.header.source, name
         assert recipe.header.differs, f"{name}: state what differs"
         assert set(recipe.tables) <= set(RunConfig.model_fields), name
+
+
+def test_costs_of_every_pair() -> None:
+    """An epoch of 17,856 prompts, four responses each, of at most 7,168 tokens."""
+    for name, kind in recipe_names().items():
+        if kind == PAIRS:
+            config = read_recipe(name, None)
+            found = recipe_costs(config, Cost())
+            assert found["positions"] == 279 * 64 * 4 * 7168
+            assert found["score_hours"] < found["gpu_hours_stored_once"]
+            mean = recipe_costs(config, Cost(response_tokens=1000))
+            assert mean["store_bytes"] == 279 * 64 * 4 * 1000 * 97
