@@ -58,7 +58,7 @@ def estimate_command(model: str, prompts: Path, form: str, **flags: Any) -> None
     which scores in every run, and with its scores stored once.
 
     With --response-tokens no model is loaded and nothing is downloaded: hours come from the FLOP of
-    the models and the peaks of --gpu, and the output says what is assumed.
+    the models and the peaks of --gpu; the output lists the assumptions.
 
     Example: logitcask store estimate ./teacher prompts.jsonl --student ./student
     """

@@ -13,7 +13,7 @@ BF16 = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSize:
-    """What the costs of a model depend on."""
+    """The part of a model that its costs depend on."""
 
     parameters: float
     """Parameters of the matrices that a token is multiplied with, the head too."""

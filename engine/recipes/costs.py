@@ -41,5 +41,5 @@ def recipe_costs(config: RunConfig, cost: Cost) -> dict[str, Any]:
         store_bytes=work.positions * cost.bytes_per_position,
         requests=store_requests(loop.rounds * -(-loop.prompts_per_round // unit)),
     )
-    note = "runs share these rollouts; one more loop on policy samples and scores anew"
+    note = "runs share these rollouts; one more loop on policy samples and scores again"
     return {**describe(work, hours, student, teacher, cost), **found, "note": note}

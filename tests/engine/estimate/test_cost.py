@@ -16,7 +16,7 @@ REQUESTS |= {"get_requests_per_epoch": 100}
 
 
 def test_hours_worked_by_hand() -> None:
-    """One a800: 312e12 FLOP/s at 0.5, 2.039e12 B/s at 0.5."""
+    """Compute by hand for an a800: 312e12 FLOP/s at 0.5, 2.039e12 B/s at 0.5."""
     student = ModelSize(parameters=1e9, kv_bytes=1e5)
     work = Work(sequences=1000, prompt_tokens=200, response_tokens=800, at_once=100)
     cost = Cost(utilisation=0.5, bandwidth_utilisation=0.5)
@@ -86,7 +86,7 @@ def test_sizes_are_those_of_transformers(tied: bool) -> None:
     assert found.kv_bytes == 2 * 2 * 36 * 8 * 128
 
 
-def test_a_size_that_is_not_known_is_asked_for() -> None:
+def test_a_size_that_is_not_known_is_an_error() -> None:
     assert find_size("a/b", "teacher", parameters=7e9).parameters == 7e9
     assert find_size("Qwen/Qwen3-1.7B", "student", parameters=None).kv_bytes == 114_688
     for parameters in (None, 7e9):

@@ -135,7 +135,7 @@ def test_recipes_have_a_source_and_only_known_keys() -> None:
 
 
 def test_costs_of_every_pair() -> None:
-    """An epoch of 17,856 prompts, four responses each, of at most 7,168 tokens."""
+    """Count an epoch of 17,856 prompts, four responses each, of at most 7,168 tokens."""
     for name, kind in recipe_names().items():
         if kind == PAIRS:
             config = read_recipe(name, None)
