@@ -9,8 +9,8 @@ The model, per sequence of L = Lp + Lr tokens (prompt and response), N parameter
 
 FLOP counts: arXiv 2001.08361, section 2.1. The products of attention with its cache are left out:
 they grow with the length. A step of sampling costs its reads of memory or its FLOP, whichever takes
-longer. B is the number of whole sequences that fit in memory with the weights. All of it is divided by an
-assumed share of the peaks of the GPU's data sheet.
+longer. B is the number of whole sequences that fit in memory with the weights. All of it is divided
+by an assumed share of the peaks of the GPU's data sheet.
 """
 
 from collections.abc import Mapping
