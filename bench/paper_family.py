@@ -5,13 +5,14 @@
     post       base after rejection sampling: the same model and a new skill
     big_post   big after rejection sampling
     other      of the size of big, of the other corpus: another thinking pattern
-    cold       base after supervised training on right responses of `other`: the cold start
+    cold       base after supervised training on responses of `other`: the cold start
 
 Accuracies are shares of right answers at temperature 1, as the student samples in training.
 """
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable
 from itertools import cycle, islice
@@ -32,7 +33,7 @@ PRETRAINING = {"base": (300, 4e-3), "big": (300, 3e-3), "huge": (300, 2.5e-3)}
 POST_PROMPTS, POST_ROUNDS, POST_STEPS, POST_RATE = 1000, 3, 50, 2e-3
 """Rejection sampling: prompts, rounds of sampling and training, steps and peak rate of each."""
 OTHER_CORPUS_SHARE = 0.75
-COLD_PROMPTS, COLD_STEPS = 600, 40
+COLD_PROMPTS, COLD_STEPS = 3000, 150
 
 
 class Family:
@@ -107,10 +108,16 @@ class Family:
         return model
 
     def _cold(self) -> Any:
-        model = load(self.path("base"))
+        """Train on the teacher's responses that end in an answer: the paper drops only others."""
+        model, teacher = load(self.path("base")), load(self.path("other"))
         problems = self.problems("post", COLD_PROMPTS)
-        right = self._right_responses(load(self.path("other")), problems, 0)
-        train(model, cycle(right), COLD_STEPS, 1e-3)
+        whole: list[Text] = []
+        for at in range(0, COLD_PROMPTS, POST_PROMPTS):
+            prompts = [p.prompt for p in problems[at : at + POST_PROMPTS]]
+            responses = sample(teacher, prompts, NEW_TOKENS, self.seed + at)
+            pairs = zip(prompts, responses, strict=True)
+            whole += [(p, text) for p, text in pairs if re.search(r">\d$", text)]
+        train(model, cycle(whole), COLD_STEPS, 1e-3)
         return model
 
     def _right_responses(self, model: Any, problems: list[Problem], number: int) -> list[Text]:
