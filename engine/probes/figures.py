@@ -154,6 +154,8 @@ def draw_regions(file: Path, regions: Mapping[str, Any], k: int) -> None:
     axes.set_xticks(range(len(regions)), regions)
     axes.set_ylabel(f"share, top {k} of both models")
     _finish(axes)
+    # Bars may be tall anywhere.
+    axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4)
     _save(figure, file)
 
 
@@ -195,6 +197,7 @@ def draw_topk(file: Path, table: Sequence[Any], estimators: Sequence[Any]) -> No
         axes.set_ylabel("error of the gradient, relative")
     for each in rows[:, 0]:
         each.set_xscale("log", base=2)
+        each.xaxis.set_major_formatter("{x:g}")
         each.set_xlabel("k: ids of the top-k, or draws")
         _finish(each)
     _save(figure, file)

@@ -22,6 +22,7 @@ from logitcask.engine.models.load import load_student, quiet
 from logitcask.engine.objectives import CacheInfo, Objective, check_exactness, parse_objective
 from logitcask.engine.objectives.bounds import Bounds
 from logitcask.engine.packing.batches import PlannedPacks
+from logitcask.engine.packing.plan import default_pack_length
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.probes import figures
 from logitcask.engine.probes.drift import (
@@ -59,9 +60,14 @@ class _Opened:
         return min(self.cache.student_k, self.cache.k_min, self.cache.n_vocab)
 
     def packs(self, pack_length: int | None = None) -> PlannedPacks:
-        return PlannedPacks(
-            self.source.plan(seed=0, epochs=1, pack_length=pack_length), self.source
-        )
+        """Return the packs of the snapshot; None = as long as the longest sequence needs."""
+        if pack_length is None:
+            # Without a forward pass a long sequence costs no more than its rows.
+            lengths = self.source.lengths()
+            longest = max(int((each.prompt + each.response).max(initial=1)) for each in lengths)
+            pack_length = max(longest, default_pack_length(lengths))
+        plan = self.source.plan(seed=0, epochs=1, pack_length=pack_length)
+        return PlannedPacks(plan, self.source)
 
 
 def run_region_probe(

@@ -7,7 +7,7 @@ import numpy as np
 
 from logitcask.engine.backends.logprob_diff import select_sequences
 from logitcask.engine.backends.scoring import row_logits
-from logitcask.engine.errors import IncompleteError
+from logitcask.engine.errors import IncompleteError, ModelError
 from logitcask.engine.probes.topk.estimators import EstimatorReport, EstimatorSums
 from logitcask.engine.store import Segment, Store
 from logitcask.engine.types import Array, Detail, Progress, Rollouts, no_progress
@@ -59,7 +59,7 @@ def measure_estimators(
     """Measure the estimators on sampled rows.
 
     teacher, student: backends with all logits over one vocabulary; sample: of `sample_rows`. Raises
-    as EstimatorSums.
+    as EstimatorSums, and ModelError for models of different switches of rope on long sequences.
     """
     sums, done = EstimatorSums(ks=ks, draws=draws), 0
     tokens = min(teacher.batch_tokens, student.batch_tokens)
@@ -68,7 +68,12 @@ def measure_estimators(
             row_logits(each, rollouts, batch_tokens=tokens, only=only)
             for each in (student, teacher)
         )
-        for (rows, p), (_, q) in zip(*both, strict=True):
+        for (rows, p), (others, q) in zip(*both, strict=True):
+            if not np.array_equal(rows, others):
+                raise ModelError(
+                    "the models read long sequences in different parts, so their rows do not match",
+                    hint="probe rollouts within the original context of both models",
+                )
             sums.add(p, q.to(p.device), prompt[rows])
             done += len(rows)
             progress("k", done, max(done, positions), Detail(done))

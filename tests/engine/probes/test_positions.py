@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 from logitcask.engine.commands.probe import run_position_probe
 from logitcask.engine.config.probes import PositionProbeConfig
 from logitcask.engine.errors import IncompleteError
-from logitcask.engine.exchange.positions import positions
-from logitcask.engine.probes.positions import MEASURES
+from logitcask.engine.exchange.positions import positions, select
+from logitcask.engine.probes.positions import MEASURES, common_k
 from logitcask.engine.store import Store
 from tests.engine.cached import make_store, make_unit
 
@@ -105,3 +106,13 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     masked = replace(units[0].rollouts, loss_mask=np.zeros_like(units[0].rollouts.loss_mask))
     with pytest.raises(IncompleteError, match="no row"):
         run_position_probe(config(make_store(tmp_path / "b", [replace(units[0], rollouts=masked)])))
+
+
+def test_draws_of_a_teacher_are_no_top_ids(store: Store) -> None:
+    chosen = select(store.head())
+    (segment, (scores, *_)), *_ = chosen.segments
+    request = {**scores.provenance["request"], "selection": "sampled"}
+    drawn: Any = SimpleNamespace(provenance={**scores.provenance, "request": request})
+    with pytest.raises(IncompleteError, match="draws"):
+        common_k(replace(chosen, segments=((segment, (drawn,)),)))
+    assert common_k(chosen) == K
