@@ -108,7 +108,10 @@ class EstimatorSums:
             self.prompt.append(prompt[part])
 
     def report(self) -> EstimatorReport:
-        """Raises IncompleteError without a row, or where p = q on all rows."""
+        """Return the means over the rows.
+
+        Raises IncompleteError without a row, or where p = q on all rows.
+        """
         width = 2 + 2 * len(names(self.ks, self.draws))
         values = np.concatenate([np.zeros((0, width)), *self.values])
         prompt = np.concatenate([np.zeros(0, np.int64), *self.prompt])
