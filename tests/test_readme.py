@@ -100,7 +100,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = tiny.make_tokenizer(chat_template=True)
     for seed, name in enumerate(("student", "teacher"), 1):
         tiny.save_folder(folder / name, padded_model(seed), tokenizer)
-    lines = [json.dumps({"id": str(i), "prompt": f"What is {i}?"}) for i in range(4)]
+    sums = ({"id": str(i), "prompt": f"What is {i}?", "answer": str(i)} for i in range(4))
+    lines = [json.dumps(each) for each in sums]
     (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     held_out = {"id": "e", "prompt": "What is 7?", "answer": "7"}
     (folder / "heldout.jsonl").write_text(json.dumps(held_out) + "\n")
