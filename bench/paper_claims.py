@@ -1,4 +1,4 @@
-"""What arXiv 2604.13016 claims, what the miniature measures of it, and the rule of the verdict.
+"""Claims of arXiv 2604.13016, their measures in the miniature, and the rule of the verdicts.
 
 The rule, written before any seed was run. Each claim has one number a seed, positive if the paper
 is right; with a margin, the absolute number must be below it instead. The mean over n seeds has the
@@ -40,7 +40,7 @@ class Claim:
     margin: float | None = None
 
 
-def verdict(numbers: Sequence[Number], margin: float | None = None) -> str:
+def outcome(numbers: Sequence[Number], margin: float | None = None) -> str:
     """Return the verdict on a claim from the numbers of its seeds, by the rule above."""
     value, error = mean(numbers)
     if math.isnan(error):

@@ -1,4 +1,4 @@
-"""Measurements of the miniature beside its runs: E12, E13 and E14.
+"""Measure E12, E13 and E14 in the miniature.
 
 Each result is [value, standard error]; 0 where the error is only that between seeds.
 """

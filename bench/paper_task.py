@@ -108,7 +108,7 @@ def corpus(
 
 
 def typed(text: str, authors: random.Random, typos: list[str]) -> str:
-    """Return the text with typing errors: a character in 250 becomes another of a skewed law."""
+    """Return the text with typing errors: a character in 250 becomes one of `typos`."""
     return "".join(
         authors.choices(typos, TYPO_WEIGHTS)[0] if authors.random() < TYPO_SHARE else character
         for character in text

@@ -1,11 +1,12 @@
 """The table of the paper's experiments in miniature: bench_paper.py."""
 
+import math
 from statistics import fmean
 from typing import Any
 
 import results
-from paper_claims import AGREES, CLAIMS, NEEDS, Claim, mean, together, verdict
-from paper_verdicts import PAPER, WHY
+from paper_claims import AGREES, CLAIMS, NEEDS, Claim, mean, outcome, together
+from paper_published import PAPER, WHY
 from report_pages import markdown
 from results import RESULTS, Row
 
@@ -36,21 +37,22 @@ def claims(rows: list[Row]) -> str:
         if not of:
             continue
         own = [claim for claim in CLAIMS if claim.experiment == name]
-        verdicts = [_verdict(claim, of) for claim in own]
+        verdicts = [_outcome(claim, of) for claim in own]
         whole = together(verdicts)
         lines.append([f"**{name}**", PAPER[name], "", str(len(of)), f"**{whole}**"])
         for claim, each in zip(own, verdicts, strict=True):
             value, error = mean([row["claims"][claim.text] for row in of])
             aim = "> 0" if claim.margin is None else f"within {claim.margin:g}"
-            lines.append(["", claim.text, f"{value:+.3f} ± {error:.3f} ({aim})", "", each])
-        if whole != AGREES:
+            ours = f"{value:+.3f}" if math.isnan(error) else f"{value:+.3f} ± {error:.3f}"
+            lines.append(["", claim.text, f"{ours} ({aim})", "", each])
+        if whole != AGREES and name in WHY:
             notes.append(f"- {name}: {WHY[name]}")
     table = markdown(["", "claim", "ours", "seeds", "verdict"], lines)
-    return "\n\n".join([table, "\n".join(notes), _source(rows[-1], rows)])
+    return "\n\n".join([table, *(["\n".join(notes)] if notes else []), _source(rows[-1], rows)])
 
 
-def _verdict(claim: Claim, rows: list[Row]) -> str:
-    return verdict([tuple(row["claims"][claim.text]) for row in rows], claim.margin)
+def _outcome(claim: Claim, rows: list[Row]) -> str:
+    return outcome([tuple(row["claims"][claim.text]) for row in rows], claim.margin)
 
 
 def runs(rows: list[Row]) -> str:

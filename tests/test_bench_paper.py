@@ -61,15 +61,15 @@ def test_authors_are_wrong_only_at_hard_facts(task: ModuleType) -> None:
 
 def test_verdicts_follow_the_rule(rule: ModuleType) -> None:
     assert rule.mean([(0.2, 0.03)] * 3) == pytest.approx((0.2, 0.03 / 3**0.5))
-    assert rule.verdict([(0.2, 0.03)]) == rule.AGREES
-    assert rule.verdict([(0.05, 0.03)]) == rule.UNCLEAR
-    assert rule.verdict([(-0.2, 0.03)]) == rule.DIFFERS
+    assert rule.outcome([(0.2, 0.03)]) == rule.AGREES
+    assert rule.outcome([(0.05, 0.03)]) == rule.UNCLEAR
+    assert rule.outcome([(-0.2, 0.03)]) == rule.DIFFERS
     # The spread of the seeds counts where it exceeds the noise: 0.2 +- 0.12.
-    assert rule.verdict([(0.0, 0.01), (0.2, 0.01), (0.4, 0.01)]) == rule.UNCLEAR
-    assert rule.verdict([(0.2, 0.0)]) == rule.UNCLEAR
-    assert rule.verdict([(0.01, 0.01), (0.0, 0.01)], margin=0.05) == rule.AGREES
-    assert rule.verdict([(0.04, 0.01), (0.04, 0.01)], margin=0.05) == rule.UNCLEAR
-    assert rule.verdict([(-0.2, 0.01), (-0.2, 0.01)], margin=0.05) == rule.DIFFERS
+    assert rule.outcome([(0.0, 0.01), (0.2, 0.01), (0.4, 0.01)]) == rule.UNCLEAR
+    assert rule.outcome([(0.2, 0.0)]) == rule.UNCLEAR
+    assert rule.outcome([(0.01, 0.01), (0.0, 0.01)], margin=0.05) == rule.AGREES
+    assert rule.outcome([(0.04, 0.01), (0.04, 0.01)], margin=0.05) == rule.UNCLEAR
+    assert rule.outcome([(-0.2, 0.01), (-0.2, 0.01)], margin=0.05) == rule.DIFFERS
     assert rule.together([rule.AGREES, rule.UNCLEAR, rule.DIFFERS]) == rule.DIFFERS
     assert rule.together([rule.AGREES, rule.UNCLEAR]) == rule.UNCLEAR
     assert rule.together([rule.AGREES, rule.AGREES]) == rule.AGREES

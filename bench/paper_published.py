@@ -1,4 +1,4 @@
-"""The paper's figures beside our verdicts, and why some of ours are no agreement."""
+"""Figures of the paper, and the reasons where the miniature does not agree."""
 
 PAPER = {
     "E1": "thinking pattern (Fig. 2): the GRPO teacher overlaps more and teaches better",
