@@ -27,6 +27,7 @@ OTHER_VERBS = {
     "tap": "proxy record serve",
     "train": "sft fit finetune",
     "distill": "run loop",
+    "recipe": "cold-start best-of-n reverse",
     "ablate": "sweep",
     "store": "info ls show verify snapshot gc cache",
     "evaluate": "eval",

@@ -9,31 +9,28 @@ Files are read and written line by line: in memory are BLOCK lines, the ids, the
 """
 
 import hashlib
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from logitcask.engine.commands.resolve import columns_of
 from logitcask.engine.config.recipes import PromptRecipe
 from logitcask.engine.errors import ConfigError, LogitcaskError, PromptError
-from logitcask.engine.prompts.lines import Line, Turns
+from logitcask.engine.prompts.lines import Line
 from logitcask.engine.prompts.source import Source, no_file, open_source
-from logitcask.engine.prompts.teacher_context import Template, read_template
+from logitcask.engine.prompts.teacher_context import Template
 from logitcask.engine.recipes.duplicates import BLOCK, Nearest, nearest
-
-TEMPLATES = {
-    "boxed": Template(
-        (
-            ("", "prompt"),
-            (" Please reason step by step, and put your final answer within \\boxed{}.", None),
-        )
-    )
-}
-"""The teacher's template of Fig. 9 (JustRL)."""
+from logitcask.engine.recipes.prompt_text import (
+    Frame,
+    frame_of,
+    stripped,
+    template_named,
+    text_of,
+    without,
+    written,
+)
 
 MIXED = "mixed_from"
 """Key of a mixed prompt: the name of its file."""
@@ -115,13 +112,13 @@ def run_prompt_recipe(file: Path, settings: PromptRecipe) -> PromptReport:
 
 def check_prompt_recipe(
     file: Path, settings: PromptRecipe
-) -> "tuple[Template | None, tuple[str, str], _Reference | None]":
+) -> "tuple[Template | None, Frame, _Reference | None]":
     """Raise what would stop `run_prompt_recipe` before its first line; read templates and
     `against`, and return both.
     """
     _check(settings)
-    fill = _template(settings.template) if settings.template else None
-    frame = _frame(settings.strip_template)
+    fill = template_named(settings.template) if settings.template else None
+    frame = frame_of(settings.strip_template)
     for source in _sources(file, settings):
         if next(_lines(source), None) is None:
             raise PromptError(f"{source.file} holds no prompt", hint="give a file with prompts")
@@ -157,48 +154,26 @@ def _check(settings: PromptRecipe) -> None:
         raise ConfigError(cause, hint=hint)
 
 
-def _template(name: str) -> Template:
-    """Return a template by its name or from its file."""
-    return TEMPLATES[name] if name in TEMPLATES else read_template(Path(name))
-
-
-def _frame(name: str) -> tuple[str, str]:
-    """Return the texts before and after the prompt in a template; "" = none."""
-    if not name:
-        return "", ""
-    parts = _template(name).parts
-    fields = [each for _, each in parts if each is not None]
-    if fields != ["prompt"]:
-        raise ConfigError(
-            f"--strip-template {name}: it has the fields {fields}",
-            hint="give a template with {prompt} once and no other field, or its text cannot be "
-            "taken away",
-        )
-    at = next(i for i, (_, each) in enumerate(parts) if each is not None)
-    before = "".join(text for text, _ in parts[: at + 1])
-    return before, "".join(text for text, _ in parts[at + 1 :])
-
-
 def _kept(
     source: Source,
     settings: PromptRecipe,
     fill: Template | None,
-    frame: tuple[str, str],
+    frame: Frame,
     reference: _Reference | None,
     counts: _Counts,
 ) -> Iterator[str]:
     """Yield the lines of the prompts that are kept, in order."""
     lines = _lines(source)
     while block := list(islice(lines, BLOCK)):
-        contents = [_stripped(line, frame, strict=True) for line in block]
-        texts = [_text(line, each) for line, each in zip(block, contents, strict=True)]
+        contents = [stripped(line, frame, strict=True) for line in block]
+        texts = [text_of(line, each) for line, each in zip(block, contents, strict=True)]
         counts.read += len(block)
         drop = _duplicates(texts, settings.threshold, reference, counts)
         for line, content, dropped in zip(block, contents, drop, strict=True):
             if not dropped:
                 _take_id(line, line.id, counts)
                 counts.kept += 1
-                yield _written(line, content, fill, line.id)
+                yield written(line, content, fill, line.id)
 
 
 def _duplicates(
@@ -213,17 +188,15 @@ def _duplicates(
     return [a or b for a, b in zip(exact, near, strict=True)]
 
 
-def _reference(
-    settings: PromptRecipe, frame: tuple[str, str], fill: Template | None
-) -> _Reference | None:
+def _reference(settings: PromptRecipe, frame: Frame, fill: Template | None) -> _Reference | None:
     if settings.against is None:
         return None
     # These may have either template, or none: the tasks are compared.
-    own = _frame(settings.template) if fill is not None else ("", "")
+    own = frame_of(settings.template) if fill is not None else ("", "")
     texts = []
     for line in _lines(open_source(settings.against)):
-        text = _text(line, _stripped(line, frame, strict=False))
-        texts.append(_without(text, own) or text)
+        text = text_of(line, stripped(line, frame, strict=False))
+        texts.append(without(text, own) or text)
     if not texts:
         raise PromptError(
             f"{settings.against} holds no prompt", hint="give prompts to compare with"
@@ -236,75 +209,6 @@ def _key(text: str) -> bytes:
     return hashlib.sha256(text.strip().encode("utf-8", "surrogatepass")).digest()[:16]
 
 
-def _stripped(line: Line, frame: tuple[str, str], *, strict: bool) -> str | Turns:
-    """Return the content of a line without the text of a template around its prompt.
-
-    strict: raise PromptError for a prompt without that text.
-    """
-    content = line.content(drop_last_assistant=True)
-    if frame == ("", ""):
-        return content
-    text = _text(line, content)
-    found = _without(text, frame)
-    if found is None:
-        if strict:
-            line.refuse(
-                f"the prompt {text!r:.80} does not have the text of --strip-template",
-                "leave it out, or give the template that these prompts have",
-            )
-        return content
-    return _with(content, found)
-
-
-def _without(text: str, frame: tuple[str, str]) -> str | None:
-    """Return a text without what a template has before and after it; None where it lacks that."""
-    before, after = frame
-    inner = text.strip()
-    if len(inner) < len(before) + len(after):
-        return None
-    if not (inner.startswith(before.lstrip()) and inner.endswith(after.rstrip())):
-        return None
-    return inner.removeprefix(before.lstrip()).removesuffix(after.rstrip()).strip() or None
-
-
-def _last_user(content: Turns) -> int:
-    # The turn that a template replaces; a conversation without one is refused there.
-    return max((i for i, turn in enumerate(content) if turn["role"] == "user"), default=-1)
-
-
-def _text(line: Line, content: str | Turns) -> str:
-    """Return the text of a prompt, of a conversation that of its last user turn."""
-    if isinstance(content, str):
-        return content
-    at = _last_user(content)
-    return line.string(f"{line.field}[{at % len(content)}].content", content[at].get("content"))
-
-
-def _with(content: str | Turns, text: str) -> str | Turns:
-    """Return the content with another text."""
-    if isinstance(content, str):
-        return text
-    at = _last_user(content)
-    turns = list(content)
-    turns[at] = {**turns[at], "content": text}
-    return turns
-
-
-def _written(
-    line: Line, content: str | Turns, fill: Template | None, name: str, **more: Any
-) -> str:
-    """Return a line of ours: id, prompt or messages, answer, and the other keys of the line."""
-    if fill is not None:
-        content = fill.fill(line, content)
-    own = line.columns
-    used = {"id", "prompt", "messages", "answer", own.prompt_column, own.answer_column}
-    keys = {"id": name, "prompt" if isinstance(content, str) else "messages": content}
-    if line.answer is not None:
-        keys["answer"] = line.answer
-    others = {key: value for key, value in line.keys.items() if key not in used | {own.id_column}}
-    return json.dumps({**keys, **others, **more}, ensure_ascii=False) + "\n"
-
-
 def _take_id(line: Line, name: str, counts: _Counts) -> None:
     if name in counts.ids:
         line.refuse(
@@ -315,7 +219,7 @@ def _take_id(line: Line, name: str, counts: _Counts) -> None:
 
 
 def _mixed(
-    settings: PromptRecipe, fill: Template | None, frame: tuple[str, str], counts: _Counts
+    settings: PromptRecipe, fill: Template | None, frame: Frame, counts: _Counts
 ) -> list[str]:
     """Return the lines of the mixed prompts, chosen by the seed, in the order of their file."""
     assert settings.mix is not None, "a file"
@@ -344,8 +248,8 @@ def _mixed(
         # Ids that are line numbers would be those of the input.
         name = line.id if "id" in line.keys else f"{settings.mix.stem}-{line.id}"
         _take_id(line, name, counts)
-        content = _stripped(line, frame, strict=False)
-        texts.append(_written(line, content, fill, name, **{MIXED: settings.mix.name}))
+        content = stripped(line, frame, strict=False)
+        texts.append(written(line, content, fill, name, **{MIXED: settings.mix.name}))
     return texts
 
 

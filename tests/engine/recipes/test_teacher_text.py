@@ -1,6 +1,7 @@
 """Cold start and best of n on tiny models: which responses are kept, and what is learned."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from logitcask.engine.types import LENGTH, Rollouts, ScoreParams
 from tests.engine.tiny import CHARACTERS, make_model, make_tokenizer, save_folder
 
 REQUIRED = "e"
-PROMPTS = 8
+PROMPTS, N = 8, 2
 OWN = ScoreParams(top_p=1.0, k_min=4, k_max=4, at_student=False)
 
 
@@ -81,6 +82,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     )
     settings = ColdStart(
         out=path / "cold",
+        n=N,
         max_new_tokens=40,
         require=REQUIRED,
         temperature=1.0,
@@ -96,18 +98,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def test_exactly_the_accepted_responses_become_rollouts_of_the_student(world: World) -> None:
     tokenizer = load_tokenizer(Path(world.config.teacher.model))
     accepted, rejected = list[Any](), list[Any]()
+    had, surplus = Counter[str](), 0
     for number in (1, 2):
         for each in world.sequences(f"cold-start-sampled-{number}"):
             text = tokenizer.decode(each[1], skip_special_tokens=True)
             reason = rejection(text, truncated=each[2] == LENGTH, require=REQUIRED)
-            (rejected if reason else accepted).append(each)
+            beyond = not reason and had[each[0]] == N
+            surplus += beyond
+            had[each[0]] += not reason and not beyond
+            (rejected if reason or beyond else accepted).append(each)
     assert sorted(world.sequences("cold-start")) == sorted(accepted)
     assert rejected
-    assert not {each[1] for each in rejected} & {each[1] for each in accepted}
+    assert not {each[:2] for each in rejected} & {each[:2] for each in accepted}
     first, second = world.report.attempts
-    assert (first["sampled"], second["sampled"]) == (PROMPTS, PROMPTS - first["accepted"])
+    again = {each[0] for each in world.sequences("cold-start-sampled-2")}
+    assert (first["sampled"], second["sampled"]) == (N * PROMPTS, N * len(again))
     assert first["accepted"] + second["accepted"] == world.report.accepted == len(accepted)
-    assert first["truncated"] + first["missing"] == PROMPTS - first["accepted"]
+    assert first["truncated"] + first["missing"] == N * PROMPTS - first["accepted"]
+    assert second.get("surplus", 0) == surplus
     assert world.report.prompts_without == PROMPTS - len({each[0] for each in accepted})
 
 
@@ -171,7 +179,7 @@ def test_only_rejected_responses_are_an_error(world: World) -> None:
     settings = world.settings.model_copy(
         update={"name": "none", "require": "\u2603", "attempts": 1, "out": Path("/no")}
     )
-    with pytest.raises(IncompleteError, match="all 8 responses were rejected: .*missing"):
+    with pytest.raises(IncompleteError, match="all 16 responses were rejected: .*missing"):
         run_cold_start(world.config, settings)
     assert "none" not in world.store.head().names("rollout")
 
