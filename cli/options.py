@@ -62,6 +62,8 @@ PANELS = {
     "cold_start": "Cold start",
     "best_of_n": "Best of n",
     "prompt_recipe": "Prompts",
+    "compatibility": "Measurement",
+    "continuation": "Measurement",
     "work": "Workers",
     "runner": "Runner",
     "run": "Run",

@@ -8,6 +8,7 @@ import rich_click as click
 from logitcask.cli.options import config_from_flags, config_options, dry_run_option, format_option
 from logitcask.cli.output import print_event, print_result, print_table, visible
 from logitcask.cli.probe_drift import DRIFT_PROBES
+from logitcask.cli.probe_models import MODEL_PROBES
 from logitcask.cli.probe_store import STORE_PROBES
 from logitcask.cli.progress import progress_bar
 from logitcask.engine.config.parse.toml import to_toml
@@ -113,5 +114,5 @@ def compare_command(form: str, first: Path, second: Path) -> None:
     )
 
 
-for each in (*STORE_PROBES, *DRIFT_PROBES):
+for each in (*STORE_PROBES, *DRIFT_PROBES, *MODEL_PROBES):
     probe_command.add_command(each)

@@ -86,6 +86,8 @@ VERBS = [
         "probe correctness",
         "probe drift",
         "probe k",
+        "probe compatibility",
+        "probe continuation",
         "probe metrics",
         "probe compare",
         "probe positions",

@@ -1,9 +1,13 @@
 """Sections of `logitcask probe`, and what each of its commands needs of all."""
 
-from pydantic import Field
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, field_validator
+
+from logitcask.engine.config.prompts import Prompts
 from logitcask.engine.config.section import Name, Positive, Section
-from logitcask.engine.config.sections import Run, StoreSection, Student
+from logitcask.engine.config.sections import Rollout, Run, StoreSection, Student
+from logitcask.engine.config.teacher import Score
 from logitcask.engine.types import PACK_LENGTH
 
 
@@ -77,6 +81,64 @@ class DriftProbe(StoredScores):
     )
 
 
+class FewPrompts(Prompts):
+    limit: Positive | None = Field(64, description="Read only the first prompts, so many.")
+
+
+class KeptStore(StoreSection):
+    url: str = Field(
+        "compatibility",
+        description="Store of the responses and scores: the same command resumes, and other "
+        "probes read it.",
+    )
+
+
+class Compatibility(Section):
+    teacher_models: tuple[str, ...] = Field(
+        min_length=1,
+        description="Candidate teacher: a model folder, a hub id or the URL of a server; "
+        "NAME=MODEL names its scores. Repeatable. A server scores, but does not sample here.",
+    )
+    k: int = Field(16, ge=1, le=64, description="k of the overlap; 16 is that of the paper.")
+    correct_from: float = Field(
+        1.0, gt=0, le=1, description="Least reward of a response that counts as correct."
+    )
+    foreign_eos: Literal["refuse", "keep"] = Field(
+        Score().foreign_eos,
+        description="As of `score`: responses that end in a stop token that the teacher does not "
+        "use.",
+    )
+
+
+class Continuation(Section):
+    teacher_model: str = Field(
+        description="Teacher: a model folder or a hub id with the student's tokenizer."
+    )
+    at: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (0, 16, 64),
+        min_length=1,
+        description="Tokens of the student's response after which both go on, divided by commas; "
+        "0 = from the prompt. Of each prompt the first response that is longer counts.",
+    )
+    n: Positive = Field(4, description="Continuations of each prefix.")
+    limit: Positive = Field(64, description="Prompts of each length, at most.")
+    grader: str = Field(
+        "", description="As of `rollout`; empty = the grader that the rollouts record."
+    )
+    correct_from: float = Field(
+        1.0, gt=0, le=1, description="Least reward of a response that counts as correct."
+    )
+    snapshot: str | None = Field(
+        None, description="Log number or tag of the store to read; default: the newest."
+    )
+
+    @field_validator("at", mode="before")
+    @classmethod
+    def _divided_by_commas(cls, at: Any) -> Any:
+        """Split the text of a flag."""
+        return [each for each in at.split(",") if each.strip()] if isinstance(at, str) else at
+
+
 class ProbeConfig(Section):
     """Sections of `logitcask probe metrics`."""
 
@@ -127,4 +189,24 @@ class DriftProbeConfig(Section):
 
     store: StoreSection
     drift: DriftProbe = DriftProbe()
+    run: Run = Run()
+
+
+class CompatibilityConfig(Section):
+    """Sections of `logitcask probe compatibility`."""
+
+    student: Student
+    compatibility: Compatibility
+    prompts: FewPrompts
+    store: KeptStore = KeptStore()
+    rollout: Rollout = Rollout()
+    run: Run = Run()
+
+
+class ContinuationConfig(Section):
+    """Sections of `logitcask probe continuation`."""
+
+    student: Student
+    continuation: Continuation
+    store: StoreSection
     run: Run = Run()

@@ -232,6 +232,79 @@ def _finish(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def draw_compatibility(file: Path, report: Any) -> None:
+    """Draw overlap and accuracy of each teacher of a CompatibilityReport, by rank."""
+    plt = _pyplot()
+    names = [f"{each.rank}. {each.name}\n{each.assessment}" for each in report.teachers]
+    graded = report.student_accuracy is not None
+    panels = 2 if graded else 1
+    figure, columns = plt.subplots(
+        1, panels, figsize=(6 * panels, 1.6 + 0.7 * len(names)), layout="constrained", squeeze=False
+    )
+    shown: list[tuple[Any, str, tuple[str, ...]]] = [
+        (
+            columns[0][0],
+            f"overlap at k = {report.k}",
+            ("overlap/ratio", "overlap/mass_student", "overlap/mass_teacher"),
+        )
+    ]
+    if graded:
+        shown.append((columns[0][1], "accuracy", ("accuracy/teacher",)))
+    for axes, title, measures in shown:
+        for offset, (name, color) in enumerate(zip(measures, PALETTE, strict=False)):
+            at = [row + 0.25 * (offset - (len(measures) - 1) / 2) for row in range(len(names))]
+            found = [each.measures.get(name) for each in report.teachers]
+            axes.barh(
+                at,
+                [0.0 if each is None else each.mean for each in found],
+                0.22,
+                xerr=[0.0 if each is None else each.se or 0.0 for each in found],
+                color=color,
+                label=name,
+            )
+        axes.set_yticks(range(len(names)), [_plain(each) for each in names])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.05)
+        axes.set_title(title)
+        axes.spines[["top", "right"]].set_visible(False)
+    if graded:
+        columns[0][1].axvline(
+            report.student_accuracy.mean, color="black", linestyle="--", label="accuracy/student"
+        )
+    for axes, _, _ in shown:
+        axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(0, -0.12))
+    _save(figure, file)
+
+
+def draw_continuations(file: Path, report: Any) -> None:
+    """Draw the accuracies of a ContinuationReport by the length of the prefix."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    cuts = [each for each in report.cuts if each.student is not None]
+    for name, color in zip(("student", "teacher"), PALETTE, strict=False):
+        found = [getattr(each, name) for each in cuts]
+        axes.errorbar(
+            [each.at for each in cuts],
+            [each.mean for each in found],
+            yerr=[each.se or 0.0 for each in found],
+            color=color,
+            marker="o",
+            capsize=3,
+            label=name,
+        )
+    axes.set_xlabel("tokens of the student's response before the continuation")
+    axes.set_ylabel("accuracy")
+    axes.set_ylim(0, 1.05)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, file)
+
+
+def _plain(text: str) -> str:
+    """Return a text that matplotlib draws as it is: a dollar sign begins a formula."""
+    return text.replace("$", r"\$")
+
+
 def _save(figure: Any, file: Path) -> None:
     """Write a figure; the file appears when it is complete."""
     part = file.with_name(f".{file.stem}.{os.getpid()}{file.suffix}")

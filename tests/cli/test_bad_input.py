@@ -119,6 +119,10 @@ CONFIGURATION = [
     ),
 ]
 
+PROBE = (
+    "probe compatibility --model @student --prompts @p.jsonl --no-chat-template --device cpu "
+    "--max-new-tokens 6 --store OUT"
+)
 MODELS = [
     Case(
         "no folder",
@@ -147,6 +151,26 @@ MODELS = [
     Case("beyond the context", f"{ROLL} OUT --max-new-tokens 256", 2, "256 tokens", "less than"),
     Case("stop id", f"{ROLL} OUT --stop-token-ids 99", 2, "in [0, 99)", "--stop-token-ids"),
     Case("no room", f"{ROLL} OUT --max-new-tokens 252", 1, "at most 4 may be", "max_new_tokens"),
+]
+
+CANDIDATES = [
+    Case("no candidate", PROBE, 2, "--teacher-model", "probe compatibility --help"),
+    Case(
+        "one name twice",
+        f"{PROBE} --teacher-model @teacher --teacher-model @teacher",
+        2,
+        "the name 'teacher' is taken",
+        "--teacher-model NAME=MODEL",
+    ),
+    Case(
+        "another tokenizer",
+        f"{PROBE} --teacher-model @other-tokenizer",
+        1,
+        "tokenizer",
+        "student's tokenizer",
+    ),
+    Case("k", f"{PROBE} --teacher-model @teacher --k 65", 2, "--k = 65", "16 is that of the"),
+    Case("a grader", f"{PROBE} --teacher-model @teacher --grader exact", 1, "answer", "answer"),
 ]
 
 TEMPLATES = [
@@ -383,6 +407,7 @@ CASES = {
         "usage": USAGE,
         "configuration": CONFIGURATION,
         "model": MODELS,
+        "candidate": CANDIDATES,
         "template": TEMPLATES,
         "identity": IDENTITY,
         "objective": OBJECTIVES,

@@ -1,0 +1,1 @@
+"""Candidate teachers of a student: agreement, knowledge and an assessment."""
