@@ -137,9 +137,9 @@ def _lines(values: Array, versions: Array, name: str, version: int | None) -> li
 
 def _reading(lines: Sequence[Drift], bounds: Bounds) -> str:
     """Name the least lag beyond each bound; the samplers alone say nothing about updates."""
-    measured = [each for each in lines if each.student != SAMPLER]
+    measured = [each for each in lines if each.student != SAMPLER and each.lag >= 0]
     if not measured:
-        return "the student that sampled, by version: give --model or --run to see later updates"
+        return "no student is later than the rollouts: give --model or --run to see later updates"
     low = [each.lag for each in measured if each.means[COVERAGE] < bounds.min_coverage]
     high = [each.lag for each in measured if each.means[DRIFT] > bounds.max_drift]
     last = max(each.lag for each in measured)

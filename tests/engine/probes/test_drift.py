@@ -107,7 +107,8 @@ def test_the_reading_names_the_first_lag_beyond_a_bound() -> None:
             means=dict(zip(MEASURES, values, strict=True)),
         )
 
-    lines = [line(9, 0.7, 0.3), line(1, 0.99, 0.01), line(4, 0.79, 0.1)]
+    # A student from before the rollouts says nothing about how long they stay good.
+    lines = [line(9, 0.7, 0.3), line(1, 0.99, 0.01), line(4, 0.79, 0.1), line(-3, 0.1, 9)]
     reading = drift_report(lines, Bounds()).reading
     assert "under 0.8 from 4 updates on" in reading
     assert "over 0.2 nats from 9 updates on" in reading
