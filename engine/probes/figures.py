@@ -203,20 +203,28 @@ def draw_topk(file: Path, table: Sequence[Any], estimators: Sequence[Any]) -> No
     _save(figure, file)
 
 
-def draw_drift(file: Path, lines: Sequence[Any], bounds: Any) -> None:
+def draw_drift(file: Path, lines: Sequence[Any], samplers: Sequence[Any], bounds: Any) -> None:
     """Draw coverage, overlap and approx_kl against the lag, with the bounds of a training.
 
-    lines: of a DriftReport.
+    lines, samplers: those of a DriftReport of students, and of the students that sampled.
     """
     plt = _pyplot()
     figure, (upper, lower) = plt.subplots(2, figsize=(7, 8), layout="constrained", sharex=True)
-    lag = [each.lag for each in lines]
     for axes, name, color in (
         (upper, "cache/coverage", PALETTE[0]),
         (upper, "overlap/ratio", PALETTE[1]),
         (lower, "cache/approx_kl", PALETTE[2]),
     ):
-        axes.plot(lag, [each.means[name] for each in lines], "o", color=color, label=name)
+        for of, label, style in (
+            (lines, name, {}),
+            # Its coverage is a lower bound.
+            (samplers, f"{name} of the sampler", {"marker": "^", "markerfacecolor": "none"}),
+        ):
+            if of:
+                x, y = [each.lag for each in of], [each.means[name] for each in of]
+                axes.plot(
+                    x, y, **{"marker": "o", "linestyle": "", "color": color, **style}, label=label
+                )
     upper.axhline(bounds.min_coverage, color="black", linestyle=":", label="--min-coverage")
     lower.axhline(bounds.max_drift, color="black", linestyle=":", label="--max-drift")
     upper.set_ylim(0, 1.02)

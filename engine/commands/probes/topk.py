@@ -26,6 +26,7 @@ from logitcask.engine.packing.plan import default_pack_length
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.probes import figures
 from logitcask.engine.probes.drift import (
+    SAMPLER,
     Drift,
     DriftReport,
     drift_report,
@@ -156,7 +157,9 @@ def run_drift_probe(
         )
     report = drift_report(lines, Bounds())
     if figure is not None:
-        figures.draw_drift(figure, report.lines, Bounds())
+        samplers = [each for each in report.lines if each.student == SAMPLER]
+        students = [each for each in report.lines if each.student != SAMPLER]
+        figures.draw_drift(figure, students, samplers, Bounds())
     return report
 
 
