@@ -1,11 +1,13 @@
 """Named settings: each is a configuration that a loop can run, and a file and --set override it."""
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from logitcask.cli.main import run
 from logitcask.engine.config.cost import Cost
 from logitcask.engine.config.parse.toml import to_toml
 from logitcask.engine.config.sections import RunConfig
@@ -144,3 +146,22 @@ def test_costs_of_every_pair() -> None:
             assert found["score_hours"] < found["gpu_hours_stored_once"]
             mean = recipe_costs(config, Cost(response_tokens=1000))
             assert mean["store_bytes"] == 279 * 64 * 4 * 1000 * 97
+
+
+def test_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["recipe", "list", "--format", "json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["recipe"]: row["kind"] for row in rows} == recipe_names()
+    pair, prices = "r1-1.5b-from-r1-7b", ["--price-gpu-hour", "2", "--runs", "4"]
+    assert run(["recipe", "show", pair, *prices, "--format", "json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["tables"] == load_recipe(pair).tables
+    assert shown["costs"]["cost_teacher_in_trainer"] == pytest.approx(
+        2 * shown["costs"]["gpu_hours_teacher_in_trainer"]
+    )
+    assert run(["recipe", "show", "opd"]) == 0
+    printed = capsys.readouterr().out
+    assert tomllib.loads(printed) == load_recipe("opd").tables
+    assert "# source: arXiv 2604.13016, Eq.5 and Table 2" in printed
+    assert run(["recipe", "show", "opd", *prices]) == 2
+    assert "names no models" in capsys.readouterr().err
