@@ -18,6 +18,7 @@ from logitcask.engine.exchange.adopt import committed_units, import_provenance, 
 from logitcask.engine.models.identity import digest
 from logitcask.engine.rollout.unit import LOGPROB
 from logitcask.engine.store import Segment, Store
+from logitcask.engine.store.format.provenance import SAMPLER
 from logitcask.engine.types import (
     Array,
     Detail,
@@ -88,6 +89,7 @@ def keep(
             "file": chosen[0].segment.name,
             "text": False,
             "behavior": True,
+            SAMPLER: dict(of["student"]),
             **rule,
         },
         extra=extra,

@@ -14,6 +14,8 @@ IMPORTED = "imported"
 false where the distribution of the draws is unknown; their `behavior_logprobs` are then NaN. Of a
 tap's rollouts that were adopted also `boundaries`, the origin of the beginnings of the responses:
 recorded, or after (the ids of `after` gave at least some)."""
+SAMPLER = "sampler"
+"""Key of an `imported` record: the model that sampled, where it is known, as of `student`."""
 _KINDS: dict[tuple[type, ...], tuple[str, tuple[str, ...]]] = {
     (dict,): ("an object", ("set", "student", "request", "backend", "run", PROMPT_RANGE, IMPORTED)),
     (list,): ("a list", ("stop_ids",)),

@@ -18,6 +18,7 @@ from logitcask.engine.models.digests import read_json
 from logitcask.engine.models.weight_files import WEIGHTS
 from logitcask.engine.packing.teachers import Source
 from logitcask.engine.store import Segment, Store, open_store
+from logitcask.engine.store.format.provenance import IMPORTED, SAMPLER
 from logitcask.engine.training.provenance.ledger import read_lines, sources_of
 from logitcask.engine.training.run_dir.checkpoints import LEDGER_SHA256
 from logitcask.engine.training.run_dir.files import LEDGER, RESTORE, RUN, VERSIONS
@@ -251,7 +252,13 @@ def _models(
     """Return the distinct models that these segments record."""
     found = []
     for name in names:
-        record = segments[name].provenance.get(key) if name in segments else None
+        record = None
+        if name in segments:
+            provenance = segments[name].provenance
+            imported = provenance.get(IMPORTED, {})
+            # The student has scored imported rollouts; another model sampled them.
+            known = key == "student" and SAMPLER in imported
+            record = imported[SAMPLER] if known else provenance.get(key)
         if isinstance(record, Mapping):
             model = {k: record.get(k) for k in ("name", "revision", "version", "weights")}
             if model not in found:

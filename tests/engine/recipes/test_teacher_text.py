@@ -21,6 +21,7 @@ from logitcask.engine.recipes.best_of_n import run_best_of_n
 from logitcask.engine.recipes.cold_start import ColdStartReport, run_cold_start
 from logitcask.engine.recipes.rejection import rejection
 from logitcask.engine.store import Store, open_store
+from logitcask.engine.training.provenance.chain import trace
 from logitcask.engine.types import LENGTH, Rollouts, ScoreParams
 from tests.engine.tiny import CHARACTERS, make_model, make_tokenizer, save_folder
 
@@ -145,6 +146,8 @@ def test_the_student_learns_the_accepted_responses_alone(world: World) -> None:
         after += (-trained.score(rollouts, OWN).lp).tolist()
     assert len(before) == world.report.positions
     assert np.mean(after) < np.mean(before) - 0.2
+    (found,) = trace(str(world.settings.out))["teachers"]
+    assert [each["name"] for each in found["sampled_by"]] == [world.config.teacher.model]
     metadata = read_metadata(world.settings.out)
     assert metadata is not None
     assert metadata["version"] == world.report.updates
