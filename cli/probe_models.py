@@ -39,7 +39,7 @@ SAMPLING = [*SamplingParams.model_fields, "grader", "stop_token_ids", "unit_prom
         "student": ["model", "revision"],
         "prompts": list(FewPrompts.model_fields),
         "rollout": SAMPLING,
-        "compatibility": ["k", "correct_from", "foreign_eos"],
+        "compatibility": ["tokenizer", "k", "correct_from", "foreign_eos"],
         "store": ["url", "rollouts", "profile"],
         "run": MODEL_KEYS,
     },

@@ -99,6 +99,7 @@ class Compatibility(Section):
         description="Candidate teacher: a model folder, a hub id or the URL of a server; "
         "NAME=MODEL names its scores. Repeatable. A server scores, but does not sample here.",
     )
+    tokenizer: str = Field("", description="As of `score`, for candidates at a URL.")
     k: int = Field(16, ge=1, le=64, description="k of the overlap; 16 is that of the paper.")
     correct_from: float = Field(
         1.0, gt=0, le=1, description="Least reward of a response that counts as correct."

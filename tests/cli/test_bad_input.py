@@ -173,6 +173,13 @@ CANDIDATES = [
     Case("a grader", f"{PROBE} --teacher-model @teacher --grader exact", 1, "answer", "answer"),
 ]
 
+CONTINUE = "probe continuation --model @student --teacher-model @teacher --store STORE"
+CONTINUATIONS = [
+    Case("no room behind", f"{CONTINUE} --at 0,6", 2, "at = 6", "below 6"),
+    Case("not graded", f"{CONTINUE} --at 0,2", 2, "were not graded", "--grader exact"),
+    Case("not a length", f"{CONTINUE} --at 0,x", 2, "--at = 'x'", "Tokens of the student"),
+]
+
 TEMPLATES = [
     Case(
         "ambiguous",
@@ -408,6 +415,7 @@ CASES = {
         "configuration": CONFIGURATION,
         "model": MODELS,
         "candidate": CANDIDATES,
+        "continuation": CONTINUATIONS,
         "template": TEMPLATES,
         "identity": IDENTITY,
         "objective": OBJECTIVES,

@@ -137,7 +137,7 @@ def _check(sample: Sample, teacher: str, cancel: CancelToken) -> None:
     template = sample.rendering.chat_template
     if is_remote(teacher):
         open_teacher(
-            Teacher(model=teacher, name="checked"),
+            _teacher(sample, "checked", teacher),
             config.run,
             student,
             template=template,
@@ -158,6 +158,11 @@ def _check(sample: Sample, teacher: str, cancel: CancelToken) -> None:
             "eos_token_id to the teacher's config.json",
         )
     check_room(sample.prompts, config.rollout.max_new_tokens, identity.context_length(model.path))
+
+
+def _teacher(sample: Sample, name: str, model: str) -> Teacher:
+    tokenizer = sample.config.compatibility.tokenizer if is_remote(model) else ""
+    return Teacher(model=model, name=name, tokenizer=tokenizer)
 
 
 def _score(sample: Sample, teacher: str) -> Score:
@@ -207,7 +212,7 @@ def _ask_teacher(
     config = sample.config
     request = score_request(
         ScoreConfig(
-            teacher=Teacher(model=teacher, name=name),
+            teacher=_teacher(sample, name, teacher),
             store=config.store,
             score=_score(sample, teacher),
             run=config.run,

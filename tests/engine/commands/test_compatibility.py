@@ -18,6 +18,7 @@ from logitcask.engine.probes.candidates.assessment import LITTLE_NEW, OTHER, UNK
 from logitcask.engine.probes.candidates.compatibility import CompatibilityReport
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.types import Prompt
+from tests.engine.backends.server.fake_server import FakeServer
 from tests.engine.tiny import CHARACTERS, make_model, make_tokenizer, save_folder
 
 PROMPTS, N = 16, 2
@@ -141,6 +142,23 @@ def test_without_a_grader_it_cannot_tell(folder: Path, tmp_path: Path) -> None:
     assert "--grader" in found.teachers[0].because
     assert found.student_accuracy is None
     assert open_store(tmp_path / "s").head().names("rollout") == ["main"]
+
+
+def test_a_server_scores_and_does_not_sample(folder: Path, tmp_path: Path) -> None:
+    with FakeServer(make_model(seed=0), tokenizer=make_tokenizer()) as server:
+        chosen = config(folder, tmp_path / "s", "student")
+        settings = chosen.model_dump()
+        settings["compatibility"] |= {
+            "teacher_models": [f"served={server.url}"],
+            "tokenizer": str(folder / "itself"),
+        }
+        found = run_compatibility_probe(CompatibilityConfig.model_validate(settings))
+    (teacher,) = found.teachers
+    assert (teacher.name, teacher.assessment) == ("served", UNKNOWN)
+    assert "can sample here" in teacher.because
+    assert teacher.measures["overlap/ratio"].mean == pytest.approx(1, abs=1e-3)
+    assert found.student_accuracy is not None
+    assert not teacher.accuracy
 
 
 def test_it_refuses_before_anything_is_sampled(folder: Path, tmp_path: Path) -> None:
