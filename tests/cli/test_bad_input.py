@@ -345,6 +345,10 @@ OUTS = [
 
 METRICS = "probe metrics --model @student --device cpu --store STORE"
 PROBES = [
+    Case("not graded", "probe correctness --store STORE", 3, "have no rewards", "--grader"),
+    Case("too large a k", "probe regions --store STORE --k 9", 1, "top 4 ids of both", "--k 4"),
+    Case("one model", "probe k --store STORE --model x", 2, "one of them is given", "neither"),
+    Case("no run", "probe drift --store STORE --run @none", 2, "holds no student", "--model"),
     Case("no sums", "probe compare @p.jsonl @none", 2, "p.jsonl, line 1: it has no", "--per-seq"),
     Case("no file", "probe compare @none @none", 2, "none cannot be read: No such", "--per-seq"),
     Case("folder", f"{METRICS} --per-sequence @no/x.jsonl", 2, "there is no folder", "make it"),

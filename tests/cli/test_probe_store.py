@@ -26,10 +26,3 @@ def test_probes_of_a_store_print_tables_and_json(world: World, call: Any) -> Non
     assert student["cache/approx_kl"] < 1e-6
     assert student["cache/coverage"] >= sampler["cache/coverage"] - 1e-3
     assert "--max-drift" in call("probe drift --store @st --model @student --device cpu").out
-
-
-def test_a_probe_names_what_the_store_lacks(call: Any) -> None:
-    call("probe correctness --store @st").assert_error(3, "have no rewards", "--grader")
-    call("probe regions --store @st --k 9").assert_error(1, "top 4 ids of both", "--k 4")
-    call("probe k --store @st --model @student").assert_error(2, "one of them is given", "neither")
-    call("probe drift --store @st --run @none").assert_error(2, "holds no student", "--model")
