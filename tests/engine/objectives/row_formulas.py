@@ -111,7 +111,7 @@ def fixed_advantage(row: Row) -> tuple[Tensor, Tensor]:
 
 
 def sft(row: Row) -> tuple[Tensor, Tensor]:
-    return -row.p[row.y], -row.p[row.y]
+    return -row.p[row.y].detach(), -row.p[row.y]
 
 
 FORMULAS: dict[str, Callable[[Row], tuple[Tensor, Tensor]]] = {
