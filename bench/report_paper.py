@@ -43,7 +43,10 @@ def claims(rows: list[Row]) -> str:
         for claim, each in zip(own, verdicts, strict=True):
             value, error = mean([row["claims"][claim.text] for row in of])
             aim = "> 0" if claim.margin is None else f"within {claim.margin:g}"
-            ours = f"{value:+.3f}" if math.isnan(error) else f"{value:+.3f} ± {error:.3f}"
+            digits = 3 if abs(value) > 0.01 else 4
+            ours = f"{value:+.{digits}f}"
+            if not math.isnan(error):
+                ours += f" ± {error:.{digits}f}"
             lines.append(["", claim.text, f"{ours} ({aim})", "", each])
         if whole != AGREES and name in WHY:
             notes.append(f"- {name}: {WHY[name]}")
