@@ -8,7 +8,10 @@ from logitcask.engine.config.prompts import Prompts
 from logitcask.engine.config.section import Name, Positive, Section
 from logitcask.engine.config.sections import Rollout, Run, StoreSection, Student
 from logitcask.engine.config.teacher import Score
-from logitcask.engine.types import PACK_LENGTH
+from logitcask.engine.types import PACK_LENGTH, SamplingParams
+
+MOST_PROMPTS = 64
+"""Of probes that sample."""
 
 
 class StoredScores(Section):
@@ -82,7 +85,9 @@ class DriftProbe(StoredScores):
 
 
 class FewPrompts(Prompts):
-    limit: Positive | None = Field(64, description="Read only the first prompts, so many.")
+    limit: Positive | None = Field(
+        MOST_PROMPTS, description="Read only the first prompts, so many."
+    )
 
 
 class KeptStore(StoreSection):
@@ -121,8 +126,8 @@ class Continuation(Section):
         description="Tokens of the student's response after which both go on, divided by commas; "
         "0 = from the prompt. Of each prompt the first response that is longer counts.",
     )
-    n: Positive = Field(4, description="Continuations of each prefix.")
-    limit: Positive = Field(64, description="Prompts of each length, at most.")
+    n: Positive = Field(SamplingParams().n, description="Continuations of each prefix.")
+    limit: Positive = Field(MOST_PROMPTS, description="Prompts of each length, at most.")
     grader: str = Field(
         "", description="As of `rollout`; empty = the grader that the rollouts record."
     )

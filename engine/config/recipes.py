@@ -7,6 +7,7 @@ from pydantic import Field
 
 from logitcask.engine.config.prompts import Columns
 from logitcask.engine.config.section import Name, Positive, Section, Share
+from logitcask.engine.config.training import Eval
 from logitcask.engine.types import SamplingParams
 
 
@@ -14,9 +15,11 @@ class TeacherText(SamplingParams):
     """Responses of a teacher, arXiv 2604.13016, appendix on the data of the cold start."""
 
     temperature: float = Field(
-        0.7, ge=0, description="Temperature at which the teacher samples; 0 = greedy."
+        Eval().temperature,
+        ge=0,
+        description="Temperature at which the teacher samples; 0 = greedy.",
     )
-    top_p: Share = Field(0.95, description="Nucleus from which the teacher samples.")
+    top_p: Share = Field(Eval().top_p, description="Nucleus from which the teacher samples.")
 
 
 class ColdStart(TeacherText):
@@ -76,7 +79,7 @@ class BestOfN(TeacherText):
     n: Annotated[int, Field(ge=2)] = Field(2, description="Responses per prompt to choose from.")
     max_new_tokens: Positive = Field(7168, description="Response tokens at most.")
     grader: str = Field(
-        "exact",
+        Eval().grader,
         description="Grader of the responses, as of `rollout`: the largest reward is chosen.",
     )
     ties: Literal["overlap", "logprob"] = Field(

@@ -68,7 +68,7 @@ def student_drift(
     name: str,
     version: int,
     n_vocab: int,
-    device: torch.device | str = "cpu",
+    device: torch.device | str,
     progress: Progress = no_progress,
 ) -> list[Drift]:
     """Measure a student on the rows of each version of the rollouts.
