@@ -98,7 +98,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a user's folder after the three commands of the front README."""
     folder = tmp_path_factory.mktemp("readme")
     tokenizer = tiny.make_tokenizer(chat_template=True)
-    for seed, name in enumerate(("student", "teacher"), 1):
+    for seed, name in enumerate(("student", "teacher", "bigger"), 1):
         tiny.save_folder(folder / name, padded_model(seed), tokenizer)
     sums = ({"id": str(i), "prompt": f"What is {i}?", "answer": str(i)} for i in range(4))
     lines = [json.dumps(each) for each in sums]
