@@ -25,8 +25,8 @@ WHY = {
     "E8": "the ratio agrees; there is no ceiling to raise: without a cold start the student "
     "takes over the other notation too (see E1), and ends above its teacher. The cold start also "
     "brings the teacher's share of its weaker notation. A smaller one was tried, see above.",
-    "E9": "half of the corpus has either template, and rejection sampling on one removes the "
-    "mistakes on both: the miniature has no template that is foreign to the teacher.",
+    "E9": "half of the corpus has either template, and a student trained on one is as good on "
+    "the other: the miniature has no template that is foreign to the teacher.",
     "E10": "the task has 80 facts, which all prompts share: none are outside of the teacher's "
     "post-training in content, as DeepMath's are.",
     "E12": "responses have 43 tokens and no run collapses. The entropies are those of `k1`, the "

@@ -107,10 +107,11 @@ def minutes(rows: list[Row]) -> float:
 
 
 def _source(row: Row, rows: list[Row]) -> str:
+    commits = sorted({each["commit"] for each in rows})
     seeds = sorted({each["seed"] for each in rows})
     return (
         f"Mean ± standard error. Seeds {', '.join(map(str, seeds))}, {minutes(rows):.0f} CPU "
         f"minutes a seed. `{row['command']}`, {row['machine']}, one thread, Python "
         f"{row['python']}, torch {row['torch']}, transformers {row['transformers']}, commit "
-        f"{row['commit']}."
+        f"{', '.join(commits)}."
     )
