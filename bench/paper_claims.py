@@ -203,5 +203,7 @@ NEEDS = {
     "E13": (),
     "E14": (),
     "E15": ("sampled", "k1", "k4", "k16", "k64"),
+    "compatibility": ("success", "same", "other", "failure"),
 }
-"""Experiment -> its runs."""
+"""Experiment -> its runs. The last is no claim of the paper: it holds `probe compatibility`
+against what its teachers then do."""

@@ -1,6 +1,6 @@
-"""Measure E12, E13 and E14 in the miniature.
+"""Measure E12, E13 and E14 in the miniature, and try its teachers by `probe compatibility`.
 
-Each result is [value, standard error]; 0 where the error is only that between seeds.
+Results of claims are [value, standard error]; 0 where the error is only that between seeds.
 """
 
 import json
@@ -14,8 +14,15 @@ from paper_family import NEW_TOKENS, Family
 from paper_models import load, sample
 from paper_task import EVALUATION, write_prompts
 
+from logitcask.engine.commands.probes.compatibility import run_compatibility_probe
 from logitcask.engine.commands.rollout import run_rollout
 from logitcask.engine.commands.score import run_score
+from logitcask.engine.config.probes import (
+    Compatibility,
+    CompatibilityConfig,
+    FewPrompts,
+    KeptStore,
+)
 from logitcask.engine.config.prompts import Prompts
 from logitcask.engine.config.sections import (
     Rollout,
@@ -33,6 +40,8 @@ from logitcask.engine.store import open_store
 CUTS = (0, 10, 20, 30)
 """Tokens of the student's response that the teacher continues from."""
 GRADED, N = 400, 2
+CANDIDATES = {"post": "success", "big_post": "same", "other": "other", "big": "failure"}
+"""Teacher that `probe compatibility` tries -> the run in which it teaches `base`."""
 UNSTABLE = "k1"
 """The run whose entropies E12 reads: the paper finds k = 1 the least stable."""
 
@@ -116,9 +125,32 @@ def entropies(family: Family, folder: Path) -> dict[str, Any]:
     return {"entropy_tail": (growth[-1] - growth[0], 0.0), "entropy_growth": growth}
 
 
+def compatibility(family: Family, folder: Path) -> dict[str, Any]:
+    """Try the teachers of `base` as before a distillation: 64 prompts, 4 responses each."""
+    prompts = folder / "candidates.jsonl"
+    write_prompts(prompts, family.problems("evaluation", EVALUATION))
+    report = run_compatibility_probe(
+        CompatibilityConfig(
+            student=Student(model=str(family.path("base"))),
+            compatibility=Compatibility(
+                teacher_models=tuple(f"{name}={family.path(name)}" for name in CANDIDATES)
+            ),
+            prompts=FewPrompts(file=prompts, chat_template=False),
+            store=KeptStore(url=str(folder / "candidates")),
+            rollout=Rollout(max_new_tokens=NEW_TOKENS, grader="paper_task:solves"),
+            run=Run(device="cpu", dtype="float32"),
+        )
+    )
+    return {
+        "assessments": {each.name: each.assessment for each in report.teachers},
+        "because": {each.name: each.because for each in report.teachers},
+    }
+
+
 PROBES: dict[str, Callable[[Family, Path], dict[str, Any]]] = {
     "E12": entropies,
     "E13": continuations,
     "E14": rewards,
+    "compatibility": compatibility,
 }
 """Experiment -> its measurement, from the folder of the seed's runs."""

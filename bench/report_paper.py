@@ -6,6 +6,7 @@ from typing import Any
 
 import results
 from paper_claims import AGREES, CLAIMS, NEEDS, Claim, mean, outcome, together
+from paper_probes import CANDIDATES
 from paper_published import PAPER, WHY
 from report_pages import markdown
 from results import RESULTS, Row
@@ -26,7 +27,9 @@ def tables() -> dict[str, str]:
     """Return the text of each marked block, from the newest rows of each seed; empty without."""
     newest = {(r["experiment"], r["seed"]): r for r in results.read(RESULTS / "paper.jsonl")}
     rows = list(newest.values())
-    return {"paper": claims(rows), "paper runs": runs(rows)} if rows else {}
+    if not rows:
+        return {}
+    return {"paper": claims(rows), "paper runs": runs(rows), "paper teachers": teachers(rows)}
 
 
 def claims(rows: list[Row]) -> str:
@@ -88,6 +91,26 @@ def runs(rows: list[Row]) -> str:
         ],
     )
     return f"{models}\n\n{table}"
+
+
+def teachers(rows: list[Row]) -> str:
+    """Return what `probe compatibility` finds of each teacher, and what it then teaches."""
+    of = sorted(
+        (row for row in rows if row["experiment"] == "compatibility"), key=lambda row: row["seed"]
+    )
+    figures = [row["figures"] for row in of]
+    lines = [
+        [
+            f"`{name}`",
+            "; ".join(each["probes"]["assessments"][name] for each in figures),
+            ", ".join(f"{each[run]['after'] - each[run]['before']:+.1%}" for each in figures),
+        ]
+        for name, run in CANDIDATES.items()
+    ]
+    seconds = fmean(row["cpu_s"]["runs"]["probes"] for row in of)
+    seeds = ", ".join(str(row["seed"]) for row in of)
+    table = markdown(["teacher", f"before, of seeds {seeds}", "right answers it adds"], lines)
+    return f"{table}\n\n64 prompts, 4 responses each, four teachers: {seconds:.0f} CPU seconds."
 
 
 def _arrow(found: list[dict[str, Any]], key: str) -> str:
