@@ -94,7 +94,9 @@ class HF:
         self.n_vocab, self.stop_ids = n_vocab, tuple(sorted(stop_ids))
         self.batch_tokens = batch_tokens
         self.device = pick_device(device) if network is None else network.device
-        self.dtype = pick_dtype(dtype, self.device, path)
+        # A network needs no folder.
+        folder = path if network is None or (path / "config.json").exists() else None
+        self.dtype = pick_dtype(dtype, self.device, folder)
         if network is None:
             network = load_model(path, self.dtype, self.device).requires_grad_(False)
         self.model = network
