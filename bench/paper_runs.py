@@ -48,6 +48,7 @@ class Distillation:
     template: str = "="
     topk: int = 16
     """Ids that student and teacher store."""
+    rounds: int = ROUNDS
 
 
 RUNS = {
@@ -58,6 +59,8 @@ RUNS = {
     "cold": Distillation(student="cold", teacher="other"),
     "reverse": Distillation(student="post", teacher="base"),
     "reverse_big": Distillation(student="post", teacher="big"),
+    "reverse_long": Distillation(student="post", teacher="base", rounds=3 * ROUNDS),
+    "reverse_big_long": Distillation(student="post", teacher="big", rounds=3 * ROUNDS),
     "success_big": Distillation(student="big", teacher="big_post"),
     "failure_big": Distillation(student="big", teacher="huge"),
     "overlap": Distillation(objective="overlap"),
@@ -111,7 +114,7 @@ def _run(
             metrics_fraction=0.5,
             save_steps=10_000,
         ),
-        loop=Loop(rounds=ROUNDS, prompts_per_round=PROMPTS),
+        loop=Loop(rounds=of.rounds, prompts_per_round=PROMPTS),
         run=Run(out=folder / "run", seed=family.seed, device="cpu", dtype="float32"),
     )
     distill(config)

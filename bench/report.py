@@ -22,6 +22,7 @@ import report_paper
 import report_peers
 import report_pipeline
 import report_real
+import report_real_probes
 import report_scale
 import report_scoring
 import report_tap
@@ -64,7 +65,14 @@ def tables() -> dict[str, str]:
     made = {name: table(newest) for name, table in TABLES.items()}
     others = (
         *(report_kernels, report_ablate, report_real, report_scale, report_pipeline),
-        *(report_peers, report_exchange, report_scoring, report_tap, report_paper),
+        *(
+            report_peers,
+            report_exchange,
+            report_scoring,
+            report_tap,
+            report_paper,
+            report_real_probes,
+        ),
     )
     for each in others:
         made |= each.tables()

@@ -44,6 +44,7 @@ def test_every_script_is_in_this_test() -> None:
             "bench_paper.py",
             "bench_pipeline.py",
             "bench_real.py",
+            "bench_real_probes.py",
             "bench_teachers.py",
             "gpu_check.py",
             "gpu_run.py",
