@@ -20,8 +20,9 @@ WHY = {
     "The first token of a response decides on the notation, so 16 rounds are enough to take over "
     "the other one: of seed 2, 83 % of the responses are in it afterwards, 8 % before. A teacher "
     "post-trained on the other notation from `big` was tried before, see above.",
-    "E4": "after 16 rounds the students are 5 to 6 points above the level before post-training. "
-    "More rounds were not tried.",
+    "E4": "after 16 rounds the students are 5 and 6 points above the level before post-training. "
+    "With 48 rounds, tried afterwards (`reverse_long`, `reverse_big_long`), they are 4 and 6 above "
+    "it.",
     "E8": "the ratio agrees; there is no ceiling to raise: without a cold start the student "
     "takes over the other notation too (see E1), and ends above its teacher. The cold start also "
     "brings the teacher's share of its weaker notation. A smaller one was tried, see above.",
