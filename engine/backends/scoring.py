@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.backends.row_scores import ScoreBuilder
-from logitcask.engine.errors import UnitError
+from logitcask.engine.errors import ModelError, UnitError
 from logitcask.engine.models.fingerprint import MIN_PROB
 from logitcask.engine.models.forward import cuts, right_padded
 from logitcask.engine.types import (
@@ -145,7 +145,7 @@ def row_logits(
 ) -> Iterator[tuple[Array, Tensor]]:
     """Yield (rows [R], their logits [R, n_vocab] float32), each row once; one forward pass a batch,
     response rows only, or those that `only` [P] bool marks. The order depends on lengths and
-    batch_tokens, not on the network.
+    batch_tokens, and on where the network's rope switches.
     """
     pieces = pieces_of(rollouts, net.switch)
     lengths = [piece.length for piece in pieces]
@@ -159,6 +159,24 @@ def row_logits(
         hidden = hidden.flatten(0, 1)[torch.from_numpy(places).to(net.device)]  # [R, D]
         for part in chunks(len(rows), max(1, CHUNK_LOGITS // net.n_vocab)):
             yield rows[part], net.logits(hidden[part])
+
+
+def paired_logits(
+    first: Any, second: Any, rollouts: Rollouts, *, only: Array | None = None
+) -> Iterator[tuple[Array, Tensor, Tensor]]:
+    """Yield (rows [R], logits [R, n_vocab] of both models on them), each as `row_logits`.
+
+    Raises ModelError for models whose ropes switch at different lengths, on longer sequences.
+    """
+    tokens = min(first.batch_tokens, second.batch_tokens)
+    both = (row_logits(each, rollouts, batch_tokens=tokens, only=only) for each in (first, second))
+    for (rows, logits), (others, other_logits) in zip(*both, strict=True):
+        if not np.array_equal(rows, others):
+            raise ModelError(
+                "the models read long sequences in different parts, so their rows do not match",
+                hint="take responses within the original context of both models",
+            )
+        yield rows, logits, other_logits
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:

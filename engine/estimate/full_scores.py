@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from logitcask.engine.backends.row_scores import ScoreBuilder
-from logitcask.engine.backends.scoring import row_logits
+from logitcask.engine.backends.scoring import paired_logits
 from logitcask.engine.store.format import ragged
 from logitcask.engine.types import Array, IdLists, Rollouts, ScoreParams, Scores
 
@@ -112,13 +112,7 @@ def _from_logits(
     builder = ScoreBuilder(rolled, params, IdLists(cnt=own.cnt, ids=own.ids))
     log_p = np.empty((rolled.positions, width))
     forward, reverse = np.empty((2, rolled.positions))
-    tokens = min(teacher.batch_tokens, student.batch_tokens)
-    both = zip(
-        row_logits(teacher, rolled, batch_tokens=tokens),
-        row_logits(student, rolled, batch_tokens=tokens),
-        strict=True,
-    )
-    for (rows, q_logits), (_, p_logits) in both:
+    for rows, q_logits, p_logits in paired_logits(teacher, student, rolled):
         q = q_logits.double().log_softmax(1)
         p = p_logits.double().log_softmax(1).to(q_logits.device)
         forward[rows] = (q.exp() * (q - p)).sum(1).cpu()

@@ -32,17 +32,17 @@ from logitcask.engine.types import (
 )
 
 
-def _rows(cached: CachedScores, marks: Array) -> Scores:
-    """Return the scores of the marked rows."""
-    entries = np.repeat(marks, cached.cnt)
+def rows_of(scores: Scores | CachedScores, marks: Array) -> Scores:
+    """Return the scores of the rows in `marks` [P] bool, without those at chosen ids."""
+    entries = np.repeat(marks, scores.cnt)
     return Scores(
-        lp=cached.lp[marks],
-        entropy=cached.entropy[marks],
-        entropy_hi=None if cached.entropy_hi is None else cached.entropy_hi[marks],
-        log_tail=cached.log_tail[marks],
-        cnt=cached.cnt[marks],
-        ids=cached.ids[entries],
-        entry_lp=cached.entry_lp[entries],
+        lp=scores.lp[marks],
+        entropy=scores.entropy[marks],
+        entropy_hi=None if scores.entropy_hi is None else scores.entropy_hi[marks],
+        log_tail=scores.log_tail[marks],
+        cnt=scores.cnt[marks],
+        ids=scores.ids[entries],
+        entry_lp=scores.entry_lp[entries],
     )
 
 
@@ -122,7 +122,7 @@ def adopt_recorded(
         for each in unit.scores.values():
             if not _has(store, base, each):
                 store.commit_scores(
-                    _rows(source.read_scores((each,), base=whole), marks),
+                    rows_of(source.read_scores((each,), base=whole), marks),
                     base=base,
                     name=each.name,
                     unit_key=_score_key(base, each),

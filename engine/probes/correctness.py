@@ -21,7 +21,8 @@ import numpy as np
 
 from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.exchange.positions import Block, blocks, select
-from logitcask.engine.probes.positions import MEASURES, column_of, common_k, row_values
+from logitcask.engine.probes.columns import column_of
+from logitcask.engine.probes.positions import MEASURES, common_k, row_values
 from logitcask.engine.probes.reward import clustered_mean
 from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.store.format.ragged import matrix

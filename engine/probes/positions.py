@@ -17,9 +17,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from logitcask.engine.errors import IncompleteError
-from logitcask.engine.exchange.positions import Block, Column, Selection, blocks, select
+from logitcask.engine.exchange.positions import Block, Selection, blocks, select
+from logitcask.engine.probes.columns import (
+    column_of,
+    counted_rows,
+    lists_of,
+    numbers_of,
+    teacher_entropy,
+)
 from logitcask.engine.store import Snapshot, Store
-from logitcask.engine.store.format.ragged import matrix
 from logitcask.engine.types import Array
 
 MOST_K = 16
@@ -119,53 +125,23 @@ def common_k(selection: Selection) -> int:
 
 def row_values(block: Block, k: int) -> tuple[Array, Array]:
     """Return [P] bool, the scored rows that count in a loss, and [P, M] MEASURES; NaN = none."""
-    columns = {name: column for name, column in block.items() if column is not None}
-    scored = columns["teacher_entropy"].valid
-    counts = columns["loss_mask"].values.astype(bool)
-    if scored is not None:
-        counts &= scored
-
-    def value(name: str) -> Array:
-        column = columns.get(name)
-        if column is None:
-            return np.full(len(counts), np.nan)
-        held = column.values.astype(np.float64)
-        return held if column.valid is None else np.where(column.valid, held, np.nan)
-
-    q, p = value("teacher_entropy"), value("student_entropy")
-    if "teacher_entropy_upper" in columns:
-        # A server returns the best ids alone: the middle of the interval stands for the entropy.
-        q = (q + value("teacher_entropy_upper")) / 2
-    student, student_lp = _best(columns, "student_topk_ids", "student_topk_logprobs", k)
-    teacher, teacher_lp = _best(columns, "teacher_ids", "teacher_logprobs", k)
+    q, p = teacher_entropy(block), numbers_of(block, "student_entropy")
+    (student, student_lp), (teacher, teacher_lp) = (
+        [each[:, :k] for each in lists_of(block, f"{of}_ids", f"{of}_logprobs")]
+        for of in ("student_topk", "teacher")
+    )
     common = student[:, :, None] == teacher[:, None, :]  # [P, k, k]
     values = np.stack(
         [
-            *(q, p, np.abs(q - p), value("reverse_kl"), value("forward_kl")),
+            *(q, p, np.abs(q - p)),
+            *(numbers_of(block, "reverse_kl"), numbers_of(block, "forward_kl")),
             common.any(2).sum(1) / k,
             (np.exp(student_lp) * common.any(2)).sum(1),
             (np.exp(teacher_lp) * common.any(1)).sum(1),
         ],
         axis=1,
     )
-    return counts, values
-
-
-def column_of(block: Block, name: str) -> Array:
-    """Return [P] the values of a column that every row has."""
-    column = block[name]
-    assert column is not None, "a column of rollouts"
-    values: Array = column.values
-    return values
-
-
-def _best(columns: Mapping[str, Column], ids: str, lp: str, k: int) -> tuple[Array, Array]:
-    """Return the first k ids and log-probs of each row's list, best first."""
-    counts = columns[ids].counts
-    assert counts is not None, "a column of lists"
-    wide, _ = matrix(columns[ids].values, counts, 0)
-    log_probs, _ = matrix(columns[lp].values, counts, -np.inf)
-    return wide[:, :k], log_probs[:, :k].astype(np.float64)
+    return counted_rows(block), values
 
 
 def _ranges(cuts: Array, position: Array, values: Array) -> tuple[Range, ...]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from logitcask.engine.backends.base import Scorer
 from logitcask.engine.exchange.adopt import committed_units, import_provenance, with_student
+from logitcask.engine.exchange.adopt_recorded import rows_of
 from logitcask.engine.models.identity import digest
 from logitcask.engine.rollout.unit import LOGPROB
 from logitcask.engine.store import Segment, Store
@@ -26,7 +27,6 @@ from logitcask.engine.types import (
     Progress,
     Rollouts,
     ScoreParams,
-    Scores,
     no_progress,
     unit_report,
 )
@@ -177,18 +177,4 @@ def cut(rollouts: Rollouts, sequences: Sequence[int]) -> tuple[Rollouts, Array]:
             reward=None if rollouts.reward is None else rollouts.reward[places],
         ),
         marks,
-    )
-
-
-def rows_of(scores: Scores, marks: Array) -> Scores:
-    """Return the scores of the marked rows."""
-    entries = np.repeat(marks, scores.cnt)
-    return Scores(
-        lp=scores.lp[marks],
-        entropy=scores.entropy[marks],
-        entropy_hi=None if scores.entropy_hi is None else scores.entropy_hi[marks],
-        log_tail=scores.log_tail[marks],
-        cnt=scores.cnt[marks],
-        ids=scores.ids[entries],
-        entry_lp=scores.entry_lp[entries],
     )

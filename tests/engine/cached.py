@@ -18,6 +18,9 @@ from logitcask.engine.types import (
     Scores,
 )
 
+GRADED_LENGTHS = [5, 3, 0, 4, 6, 2]
+REWARDS = np.array([1, 0, 1, 0.5, 1, 0], np.float32)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
@@ -176,3 +179,12 @@ def _drop(outside: Array, scores: Scores) -> None:
 def _log_softmax(logits: Array) -> Array:
     shifted = logits - logits.max(1, keepdims=True) if len(logits) else logits
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
+def make_graded_unit(seed: int) -> Unit:
+    """Make six responses with rewards; each fourth token does not count in a loss."""
+    unit = make_unit(seed, lengths=GRADED_LENGTHS)
+    mask = unit.rollouts.loss_mask.copy()
+    mask[1::4] = 0
+    rollouts = replace(unit.rollouts, reward=np.roll(REWARDS, seed), loss_mask=mask)
+    return replace(unit, rollouts=rollouts)

@@ -10,7 +10,7 @@ are those of `METRICS` (engine/metrics) for the stored student:
     acceptance                         sum_I min(p(v), q(v)): chance that one token serves both
     entropy/gap                        |H(q) - H(p)|, nats (Eq. 8)
     entropy/teacher, entropy/student   nats, over the vocabulary
-    kl/reverse, kl/forward             nats, lower bounds: see engine/exchange/README.md
+    kl/reverse_bound, _forward_bound   nats, lower bounds: see engine/exchange/README.md
     novelty                            1 - sum_S(p) q(v): mass of the teacher outside S(p)
 
 A novelty counts ids of S(p) that the teacher did not score as outside: an upper bound by less than
@@ -25,15 +25,22 @@ import numpy as np
 
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.exchange.positions import Block, blocks, select
+from logitcask.engine.probes.columns import (
+    column_of,
+    counted_rows,
+    lists_of,
+    numbers_of,
+    teacher_entropy,
+)
 from logitcask.engine.probes.reward import clustered_mean
 from logitcask.engine.store import Snapshot, Store
-from logitcask.engine.store.format.ragged import matrix
 from logitcask.engine.types import Array
 
 MEASURES = (
     *("overlap/ratio", "overlap/mass_student", "overlap/mass_teacher", "overlap/advantage"),
     *("topk/mass_student", "topk/mass_teacher", "acceptance"),
-    *("entropy/gap", "entropy/teacher", "entropy/student", "kl/reverse", "kl/forward", "novelty"),
+    *("entropy/gap", "entropy/teacher", "entropy/student"),
+    *("kl/reverse_bound", "kl/forward_bound", "novelty"),
 )
 
 
@@ -157,41 +164,20 @@ def _measure(
     block: Block, k: int, number_of: dict[str, int], *, swapped: bool
 ) -> tuple[dict[str, Array], Array, Array, Array]:
     """Return measures, numbers of the prompts, rewards and positions of the rows that count."""
-    columns = {name: column for name, column in block.items() if column is not None}
-    counts = columns["loss_mask"].values.astype(bool)
-    if (scored := columns["teacher_entropy"].valid) is not None:
-        counts &= scored
-
-    def value(name: str) -> Array:
-        column = columns.get(name)
-        if column is None:
-            return np.full(len(counts), np.nan)
-        held = column.values.astype(np.float64)
-        return held if column.valid is None else np.where(column.valid, held, np.nan)
-
-    def lists(ids: str, lp: str) -> tuple[Array, Array]:
-        entries = columns[ids].counts
-        assert entries is not None, "a column of lists"
-        wide, _ = matrix(columns[ids].values, entries, 0)
-        log_probs, _ = matrix(columns[lp].values, entries, -np.inf)
-        return wide[counts].astype(np.int64), log_probs[counts].astype(np.float64)
-
-    sampler = lists("student_topk_ids", "student_topk_logprobs")
-    scorer = lists("teacher_ids", "teacher_logprobs")
-    numbers = [number_of.setdefault(each, len(number_of)) for each in columns["prompt"].values]
-    place = np.array(numbers, np.int64), value("reward"), columns["position"].values
-    prompt, reward, position = (each[counts] for each in place)
+    counts = counted_rows(block)
+    sampler = lists_of(block, "student_topk_ids", "student_topk_logprobs", counts)
+    scorer = lists_of(block, "teacher_ids", "teacher_logprobs", counts)
+    ids = column_of(block, "prompt")[counts]
+    prompt = np.array([number_of.setdefault(each, len(number_of)) for each in ids], np.int64)
+    reward, position = numbers_of(block, "reward")[counts], column_of(block, "position")[counts]
     if swapped:
         return {"novelty": novelty(sampler, scorer[0][:, :k])}, prompt, reward, position
-    q, p = value("teacher_entropy"), value("student_entropy")
-    if "teacher_entropy_upper" in columns:
-        # A server returns the best ids alone: the middle of the interval stands for the entropy.
-        q = (q + value("teacher_entropy_upper")) / 2
-    entropies = {"entropy/gap": np.abs(q - p), "entropy/teacher": q, "entropy/student": p}
-    kl = {"kl/reverse": value("reverse_kl"), "kl/forward": value("forward_kl")}
+    q, p = teacher_entropy(block)[counts], numbers_of(block, "student_entropy")[counts]
     values = {
         **overlap((sampler[0][:, :k], sampler[1][:, :k]), (scorer[0][:, :k], scorer[1][:, :k])),
-        **{name: each[counts] for name, each in (entropies | kl).items()},
+        **{"entropy/gap": np.abs(q - p), "entropy/teacher": q, "entropy/student": p},
+        "kl/reverse_bound": numbers_of(block, "reverse_kl")[counts],
+        "kl/forward_bound": numbers_of(block, "forward_kl")[counts],
         "novelty": novelty(scorer, sampler[0][:, :k]),
     }
     return values, prompt, reward, position

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from logitcask.engine.backends.logprob_diff import select_sequences
-from logitcask.engine.backends.scoring import row_logits
-from logitcask.engine.errors import IncompleteError, ModelError
+from logitcask.engine.backends.scoring import paired_logits
+from logitcask.engine.errors import IncompleteError
 from logitcask.engine.probes.topk.estimators import EstimatorReport, EstimatorSums
 from logitcask.engine.store import Segment, Store
 from logitcask.engine.types import Array, Detail, Progress, Rollouts, no_progress
@@ -59,21 +59,11 @@ def measure_estimators(
     """Measure the estimators on sampled rows.
 
     teacher, student: backends with all logits over one vocabulary; sample: of `sample_rows`. Raises
-    as EstimatorSums, and ModelError for models of different switches of rope on long sequences.
+    as EstimatorSums and `paired_logits`.
     """
     sums, done = EstimatorSums(ks=ks, draws=draws), 0
-    tokens = min(teacher.batch_tokens, student.batch_tokens)
     for rollouts, only, prompt in sample:
-        both = (
-            row_logits(each, rollouts, batch_tokens=tokens, only=only)
-            for each in (student, teacher)
-        )
-        for (rows, p), (others, q) in zip(*both, strict=True):
-            if not np.array_equal(rows, others):
-                raise ModelError(
-                    "the models read long sequences in different parts, so their rows do not match",
-                    hint="probe rollouts within the original context of both models",
-                )
+        for rows, p, q in paired_logits(student, teacher, rollouts, only=only):
             sums.add(p, q.to(p.device), prompt[rows])
             done += len(rows)
             progress("k", done, max(done, positions), Detail(done))

@@ -81,7 +81,7 @@ def check_assessments(found: CompatibilityReport) -> None:
     assert (stranger.name, stranger.rank, stranger.assessment) == ("stranger", 2, OTHER)
     for name, value in {"overlap/ratio": 1, "overlap/advantage": 0, "entropy/gap": 0}.items():
         assert itself.measures[name].mean == pytest.approx(value, abs=1e-3)
-    assert itself.measures["kl/reverse"].mean == pytest.approx(0, abs=1e-4)
+    assert itself.measures["kl/reverse_bound"].mean == pytest.approx(0, abs=1e-4)
     # The same weights draw the same responses from the same random numbers.
     assert itself.measures["accuracy/gain"].mean == 0
     assert itself.accuracy == found.accuracy
@@ -101,11 +101,14 @@ def check_numbers(found: CompatibilityReport, folder: Path, store: Path) -> None
     means = run_probe(ProbeConfig.model_validate(settings))[0].means
     measures = found.teachers[1].measures
     for name in MEASURES:
-        if name in means:
+        if name.startswith("kl/"):
+            # The store has no log p of ids that the teacher alone lists, a loaded student has.
+            assert 0 < measures[name].mean < means[name] + 1e-4
+        elif name in means:
             assert measures[name].mean == pytest.approx(means[name], rel=2e-3, abs=2e-4), name
     weakest = by_position(open_store(store))
     assert measures["acceptance/weakest"].mean == pytest.approx(weakest, rel=1e-5)
-    assert sum(name in means for name in MEASURES) == 7
+    assert sum(name in means for name in MEASURES) == 9
 
 
 def by_position(store: Store) -> float:

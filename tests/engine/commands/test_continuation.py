@@ -113,11 +113,12 @@ def test_a_prefix_has_the_stored_ids(tmp_path: Path) -> None:
     assert len(prefixes(data, 0, limit=2)) == 2
     # Graded with its prefix, by the prompt as it is stored.
     texts: list[tuple[str, list[int]]] = []
-    grader = Grader(
-        name="none",
-        grader=lambda prompt, text: texts.append((prompt.id, json.loads(text))) or 1.0,  # type: ignore[func-returns-value]
-        decode=json.dumps,
-    )
+
+    def record(prompt: Prompt, text: str) -> float:
+        texts.append((prompt.id, json.loads(text)))
+        return 1.0
+
+    grader = Grader(name="none", grader=record, decode=json.dumps)
     chosen = prefixes(data, 3, limit=9)[:2]
     right = grade(chosen, make_unit(1, prompts=2, n=1, lengths=[2, 0]).rollouts, grader, 1.0)
     assert right.tolist() == [1, 1]

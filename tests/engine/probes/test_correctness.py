@@ -15,21 +15,12 @@ from logitcask.engine.exchange.positions import positions
 from logitcask.engine.probes.correctness import split
 from logitcask.engine.probes.positions import MEASURES
 from logitcask.engine.store import Store
-from tests.engine.cached import make_store, make_unit
-
-LENGTHS = [5, 3, 0, 4, 6, 2]
-REWARDS = np.array([1, 0, 1, 0.5, 1, 0], np.float32)
+from tests.engine.cached import GRADED_LENGTHS, make_graded_unit, make_store, make_unit
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    units = []
-    for seed in range(2):
-        unit = make_unit(seed, lengths=LENGTHS)
-        mask = unit.rollouts.loss_mask.copy()
-        mask[1::4] = 0
-        rollouts = replace(unit.rollouts, reward=np.roll(REWARDS, seed), loss_mask=mask)
-        units.append(replace(unit, rollouts=rollouts))
+    units = [make_graded_unit(seed) for seed in range(2)]
     return make_store(tmp_path_factory.mktemp("store") / "s", units)
 
 
@@ -103,7 +94,7 @@ def test_what_cannot_be_compared_is_refused(store: Store, tmp_path: Path) -> Non
         run_correctness_probe(config(store), tmp_path / "figure.jpg")
     with pytest.raises(IncompleteError, match="no rewards"):
         run_correctness_probe(config(make_store(tmp_path / "plain", [make_unit(0)])))
-    unit = make_unit(1, lengths=LENGTHS)
+    unit = make_unit(1, lengths=GRADED_LENGTHS)
     alike = replace(unit, rollouts=replace(unit.rollouts, reward=np.ones(6, np.float32)))
     with pytest.raises(ConfigError, match="20 of 20 rows"):
         run_correctness_probe(config(make_store(tmp_path / "alike", [alike])))

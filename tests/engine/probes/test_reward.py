@@ -15,10 +15,8 @@ from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.exchange.positions import positions
 from logitcask.engine.probes.reward import auroc, sequence_rewards
 from logitcask.engine.store import Store
-from tests.engine.cached import make_store, make_unit
+from tests.engine.cached import GRADED_LENGTHS, REWARDS, make_graded_unit, make_store, make_unit
 
-LENGTHS = [5, 3, 0, 4, 6, 2]
-REWARDS = np.array([1, 0, 1, 0.5, 1, 0], np.float32)
 CASES = st.lists(
     st.tuples(st.integers(-3, 3), st.booleans(), st.integers(0, 4)), min_size=2, max_size=30
 ).filter(lambda rows: len({kind for _, kind, _ in rows}) == 2)
@@ -26,13 +24,7 @@ CASES = st.lists(
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    units = []
-    for seed in range(3):
-        unit = make_unit(seed, lengths=LENGTHS)
-        mask = unit.rollouts.loss_mask.copy()
-        mask[1::4] = 0
-        rollouts = replace(unit.rollouts, reward=np.roll(REWARDS, seed), loss_mask=mask)
-        units.append(replace(unit, rollouts=rollouts))
+    units = [make_graded_unit(seed) for seed in range(3)]
     return make_store(tmp_path_factory.mktemp("store") / "s", units)
 
 
@@ -106,11 +98,11 @@ def test_what_cannot_be_compared_is_refused(store: Store, tmp_path: Path) -> Non
     plain = make_store(tmp_path / "plain", [make_unit(0)])
     with pytest.raises(IncompleteError, match="no rewards"):
         run_reward_probe(config(plain))
-    unit = make_unit(1, lengths=LENGTHS)
+    unit = make_unit(1, lengths=GRADED_LENGTHS)
     alike = replace(unit, rollouts=replace(unit.rollouts, reward=np.ones(6, np.float32)))
     with pytest.raises(ConfigError, match="5 of 5 responses"):
         run_reward_probe(config(make_store(tmp_path / "alike", [alike])))
-    other = make_unit(2, lengths=LENGTHS)
+    other = make_unit(2, lengths=GRADED_LENGTHS)
     other = replace(other, rollouts=replace(other.rollouts, reward=REWARDS))
     unscored = make_store(tmp_path / "unscored", [alike, other], scored=1)
     with pytest.raises(IncompleteError, match="no scores of 'big'"):

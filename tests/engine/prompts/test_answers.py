@@ -1,5 +1,7 @@
 """Graders that compare with the prompt's answer: tables of cases, and what holds for any text."""
 
+from fractions import Fraction
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -103,8 +105,8 @@ def test_normalised_is_right_where_exact_is(answer: str, response: str) -> None:
 
 @given(st.fractions(max_denominator=1000), st.integers(1, 9))
 @settings(max_examples=50)
-def test_numbers_are_equal_by_value(value: object, factor: int) -> None:
-    above, below = value.numerator, value.denominator  # type: ignore[attr-defined]
+def test_numbers_are_equal_by_value(value: Fraction, factor: int) -> None:
+    above, below = value.numerator, value.denominator
     form = normal_form(f"{above}/{below}")
     assert normal_form(f"{above * factor}/{below * factor}") == form
     assert normal_form(f"{above + 1}/{below}") != form
