@@ -3,7 +3,9 @@
 import importlib
 import logging
 import re
+import signal
 import sys
+import threading
 import traceback
 
 import rich_click as click
@@ -89,7 +91,18 @@ def main(arguments: list[str] | None = None) -> None:
     # Libraries log and warn on stderr, with names from files and servers.
     logging.setLogRecordFactory(_VisibleRecord)
     logging.captureWarnings(True)
+    sys.unraisablehook = _interrupt_again
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _interrupt_again(lost: "sys.UnraisableHookArgs") -> None:
+    """Repeat a Ctrl-C that reached a finaliser: Python drops what is raised there."""
+    if isinstance(lost.exc_value, KeyboardInterrupt):
+        # Later, and from another thread: here it would be dropped once more.
+        again = (threading.main_thread().ident, signal.SIGINT)
+        threading.Timer(0.05, signal.pthread_kill, again).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 class _VisibleRecord(logging.LogRecord):

@@ -94,3 +94,26 @@ def test_training_resumes_after_ctrl_c_with_equal_weights(world: World, call: An
         (world.at(folder) / "model.safetensors").read_bytes() for folder in (out, uninterrupted)
     ]
     assert weights[0] == weights[1]
+
+
+def test_a_ctrl_c_inside_a_finaliser_is_not_lost() -> None:
+    program = """
+import os, signal, sys, time
+from logitcask.cli import main
+
+class Finalised:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+
+def verb(**_):
+    Finalised()
+    time.sleep(60)
+
+main.cli.main = verb
+main.main([])
+"""
+    child = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+    assert (child.returncode, child.stderr.split("\n")[0]) == (130, INTERRUPTED)
