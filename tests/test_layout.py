@@ -22,7 +22,8 @@ LAYERS = [
     *("backends", "backends/vllm", "backends/server", "teachers"),
     *("rollout", "score", "packing", "metrics", "objectives"),
     *("exchange", "estimate", "probes", "tap", "training", "integrations"),
-    *("workers", "workers/ray", "commands", "distill", "recipes", "ablate_table", "ablate", "demo"),
+    *("workers", "workers/ray", "commands", "distill", "recipes", "ablate_table", "ablate"),
+    *("report/panels", "report/runs", "report/sections", "report/viewer", "report", "demo"),
 ]
 
 FENCES = {

@@ -1,0 +1,1 @@
+"""Builders of the sections of a report, one file each."""
