@@ -104,6 +104,8 @@ def full_key(key: str) -> str:
     """Return section.key of a TrainConfig; the section may be omitted where the key is unique."""
     known = [name for name in keys_of(TrainConfig) if "." in name]
     matches = [name for name in known if key in (name, name.partition(".")[2])]
+    if len(matches) > 1:
+        matches = [name for name in matches if not name.startswith("eval.")]
     if len(matches) == 1:
         return matches[0]
     spelled = {name.partition(".")[2]: name for name in known} | {name: name for name in known}

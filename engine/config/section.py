@@ -7,9 +7,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,127}$"
 Name = Annotated[str, Field(pattern=NAME)]
-NAMES = rf"{NAME}|^[^,=]+=[^,=]+(,[^,=]+=[^,=]+)*$"
+_EACH = NAME.strip("^$")
+NAMES = rf"^{_EACH}([+]{_EACH})*$|^[^,=]+=[^,=]+(,[^,=]+=[^,=]+)*$"
 Names = Annotated[str, Field(pattern=NAMES)]
-"""A name, VALUE=NAME,VALUE=NAME, or NAME=WEIGHT,NAME=WEIGHT."""
+"""A name, NAME+NAME, VALUE=NAME,VALUE=NAME, or NAME=WEIGHT,NAME=WEIGHT."""
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 

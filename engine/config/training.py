@@ -18,7 +18,8 @@ class Train(Section):
         None,
         description="Scores to train on; may be left out when the store has one teacher. "
         "VALUE=NAME,VALUE=NAME trains the prompts of each value of --teacher-field on a teacher of "
-        "their own, NAME=WEIGHT,NAME=WEIGHT every prompt on the mean of the teachers' losses.",
+        "their own, NAME=WEIGHT,NAME=WEIGHT every prompt on the mean of the teachers' losses, "
+        "NAME+NAME with equal weights.",
     )
     teacher_field: str | None = Field(
         None,

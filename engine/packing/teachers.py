@@ -3,6 +3,7 @@
     NAME                     the scores of one teacher
     VALUE=NAME,VALUE=NAME    of the teacher that is named for the prompt's value of a field
     NAME=WEIGHT,NAME=WEIGHT  of all of them: the loss is the mean of their losses by weight
+    NAME+NAME                of all of them, with equal weights
 
 With a field, a row has the scores of the teacher of its prompt and of no other, so a unit needs the
 scores of those teachers alone that its prompts name (MOPD, arXiv 2601.02780).
@@ -64,6 +65,8 @@ class Teachers:
                 f"--teacher-field {field} without --teacher",
                 hint="give --teacher VALUE=NAME,VALUE=NAME with the values of that key",
             )
+        if "=" not in text and "+" in text and field is None:
+            text = ",".join(f"{name}=1" for name in text.split("+"))
         if "=" not in text:
             if field is not None:
                 raise ConfigError(

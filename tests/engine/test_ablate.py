@@ -72,6 +72,8 @@ def test_every_combination_has_a_folder_and_its_own_config(
     second = found[1].config.train
     assert (second.objective, second.loss_topk) == ("teacher_topk", 4)
     assert {each.config.train.learning_rate for each in found} == {1e-3}
+    teachers = combinations(config_of(case), ["teacher=a,b,a+b"])
+    assert [each.config.train.teacher for each in teachers] == ["a", "b", "a+b"]
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,7 @@ def test_a_plan_is_of_its_teachers(store: Store) -> None:
     assert len(set(plans)) == 3
     assert Teachers.parse("big").record() == {"teacher": "big"}, "as in earlier runs"
     assert Teachers.parse("a=1,b=1,c=1").weights == pytest.approx([1 / 3] * 3)
+    assert Teachers.parse("a+b") == Teachers.parse("a=1,b=1")
     text = str(Teachers.parse("a=1,b=2"))
     assert text == "a=0.333333,b=0.666667" == str(Teachers.parse(text))
     assert Teachers.parse(" code = a, math=b", "domain").record() == {
@@ -224,6 +225,8 @@ def test_a_plan_is_of_its_teachers(store: Store) -> None:
 @pytest.mark.parametrize(
     ("teacher", "field", "cause", "hint"),
     [
+        ("big+coder", "domain", "one teacher is for all values", "VALUE=NAME"),
+        ("big+big", None, "'big' comes twice", "each of them once"),
         (ROUTED, None, "without --teacher-field", "--teacher-field domain"),
         ("big", "domain", "one teacher is for all values", "VALUE=NAME"),
         (None, "domain", "without --teacher", "VALUE=NAME"),
