@@ -58,6 +58,19 @@ class PositionReport:
     reading: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PositionRows:
+    """The P rows that are scored and count in a loss."""
+
+    k: int
+    position: Array
+    """[P] int64, in their responses, from 0."""
+    version: Array
+    """[P] int64, of the student that began the response."""
+    values: Array
+    """[P, M] float64, MEASURES; NaN = none."""
+
+
 def position_report(
     store: Store,
     snapshot: Snapshot,
@@ -66,7 +79,21 @@ def position_report(
     teacher: str | None = None,
     bins: int,
 ) -> PositionReport:
-    """Measure each of `bins` equally wide ranges of positions.
+    """Measure each of `bins` equally wide ranges of positions; raises as `position_rows`."""
+    rows = position_rows(store, snapshot, rollouts=rollouts, teacher=teacher)
+    whole = ranges(rows, bins)
+    return PositionReport(
+        k=rows.k,
+        ranges=whole,
+        versions=ranges_of_versions(rows, bins),
+        reading=reading(whole),
+    )
+
+
+def position_rows(
+    store: Store, snapshot: Snapshot, *, rollouts: str | None = None, teacher: str | None = None
+) -> PositionRows:
+    """Read the rows of the probe.
 
     Raises as `select`, and IncompleteError without scores, the student's lists or a row that
     counts.
@@ -87,14 +114,26 @@ def position_report(
             "no row of these rollouts is scored and counts in a loss",
             hint="probe rollouts that hold sampled tokens, with scores",
         )
-    end = int(position.max()) + 1
-    cuts = np.linspace(0, end, min(bins, end) + 1).round().astype(np.int64)
-    whole = _ranges(cuts, position, values)
-    versions = {
-        int(each): _ranges(cuts, position[version == each], values[version == each])
-        for each in np.unique(version)
-    }
-    return PositionReport(k=k, ranges=whole, versions=versions, reading=_reading(whole))
+    return PositionRows(k=k, position=position, version=version, values=values)
+
+
+def ranges(rows: PositionRows, bins: int) -> tuple[Range, ...]:
+    """Return the means of `bins` equally wide ranges of positions."""
+    return _ranges(_cuts(rows, bins), rows.position, rows.values)
+
+
+def ranges_of_versions(rows: PositionRows, bins: int) -> dict[int, tuple[Range, ...]]:
+    """Return version -> its means in the ranges of `ranges`."""
+    cuts, found = _cuts(rows, bins), dict[int, tuple[Range, ...]]()
+    for each in np.unique(rows.version):
+        of = rows.version == each
+        found[int(each)] = _ranges(cuts, rows.position[of], rows.values[of])
+    return found
+
+
+def _cuts(rows: PositionRows, bins: int) -> Array:
+    end = int(rows.position.max()) + 1
+    return np.linspace(0, end, min(bins, end) + 1).round().astype(np.int64)
 
 
 def common_k(selection: Selection) -> int:
@@ -158,7 +197,8 @@ def _ranges(cuts: Array, position: Array, values: Array) -> tuple[Range, ...]:
     return tuple(found)
 
 
-def _reading(ranges: tuple[Range, ...]) -> str:
+def reading(ranges: tuple[Range, ...]) -> str:
+    """Say where the models part, by the first and the last range."""
     first, last = (each.means["kl/reverse_bound"] for each in (ranges[0], ranges[-1]))
     if len(ranges) < 2 or first is None or last is None:
         return "too few positions to compare the beginning with the end"
