@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import rich_click as click
 
+from logitcask.cli.completion import complete_recipe
 from logitcask.cli.options import (
     config_options,
     dry_run_option,
@@ -28,6 +29,7 @@ NAME_WIDTH = len("rollout-0")
 @click.option(
     "--recipe",
     metavar="NAME",
+    shell_complete=complete_recipe,
     help="Begin with the named settings of a recipe; keys of CONFIG and of --set override them. "
     "`logitcask recipe list` shows all. With --dry-run nothing is downloaded then.",
 )

@@ -19,6 +19,7 @@ from logitcask.engine.errors import LogitcaskError
 VERBS = (
     *("rollout", "import", "score", "tap", "train", "distill", "recipe", "ablate"),
     *("objectives", "evaluate", "store", "probe", "doctor", "demo", "bench"),
+    "completion",
 )
 """In the order of the data. The module of a verb is cli/VERB.py, imported when it is used."""
 
@@ -67,7 +68,8 @@ class Verbs(click.RichGroup):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the verb of `args`; raise UsageError with the nearest name."""
-        if args[0] not in VERBS and args[0][0] != "-":
+        # A completion of a command that is not finished is no error.
+        if args[0] not in VERBS and args[0][0] != "-" and not ctx.resilient_parsing:
             same = [verb for verb, others in OTHER_VERBS.items() if args[0] in others.split()]
             hint = suggest(args[0], VERBS, same) or f"known: {', '.join(VERBS)}"
             raise click.UsageError(f"no verb {args[0]!r}; {hint}", ctx)

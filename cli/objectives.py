@@ -4,12 +4,13 @@ from typing import Any
 
 import rich_click as click
 
+from logitcask.cli.completion import complete_objective
 from logitcask.cli.options import format_option
 from logitcask.cli.output import print_result, print_table
 
 
 @click.command("objectives")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_objective)
 @format_option
 def objectives_command(name: str | None, form: str) -> None:
     """List the objectives that have a name, or explain one.

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import rich_click as click
 from pydantic.fields import FieldInfo
 
+from logitcask.cli.completion import COMPLETE
 from logitcask.engine.config.parse.other_names import keys_named, suggest
 from logitcask.engine.config.parse.toml import Job, validate
 from logitcask.engine.config.section import Section
@@ -177,6 +178,7 @@ def _option(section: str, name: str, field: FieldInfo) -> Callable[[F], F]:
         help=text,
         show_default=False,
         panel=PANELS[section],
+        shell_complete=COMPLETE.get((section, name)),
     )
 
 

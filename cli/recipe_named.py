@@ -4,6 +4,7 @@ from typing import Any
 
 import rich_click as click
 
+from logitcask.cli.completion import complete_recipe
 from logitcask.cli.options import config_from_flags, config_options, flag_values, format_option
 from logitcask.cli.output import print_result, print_table
 from logitcask.engine.config.cost import Cost
@@ -44,7 +45,7 @@ def list_command(form: str) -> None:
 
 
 @click.command("show")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_recipe)
 @config_options(CostConfig, {"cost": COST_KEYS})
 @format_option
 def show_command(name: str, form: str, **flags: Any) -> None:

@@ -82,6 +82,7 @@ VERBS = [
     *(
         "demo",
         "bench",
+        "completion",
         "doctor",
         "doctor teacher",
         "probe correctness",

@@ -40,6 +40,7 @@ USAGE = [
     Case("missing", "score --store x --teacher t", 2, "--model", "logitcask score --help"),
     Case("not a number", f"{ROLL} OUT --n x", 2, "'x' is not a valid integer", "rollout --help"),
     Case("not a choice", f"{ROLL} OUT --dtype float16", 2, "'float16'", "rollout --help"),
+    Case("shell", "completion tcsh", 2, "'tcsh' is not one of", "completion --help"),
     Case("stop ids", f"{ROLL} OUT --stop-token-ids 1,x", 2, "--stop-token-ids = 'x'", "More ids"),
     Case("variables", f"{ROLL} OUT --chat-template-kwargs [1]", 2, "= '[1]': must be", "JSON obj"),
     Case("range", f"{ROLL} OUT --top-p 1.5", 2, "--top-p = 1.5", "Nucleus"),
