@@ -1,0 +1,327 @@
+"""Section of the metrics over the updates, of one run or of several laid over each other."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from logitcask.engine.report.panels import Absent, Axis, Lines, Section, Series
+from logitcask.engine.report.runs import TEACHER_ACCURACY, RunFacts
+from logitcask.engine.report.sections.change import Points, points_of
+
+MOST_POINTS, LEAST_POINTS = 1000, 100
+"""Points of a line: of one run, and of each of many. Of a longer line the extremes of each part are
+kept, so no spike is lost."""
+DIGITS = 6
+"""Significant digits of a value."""
+LOG_FROM = 100.0
+"""Largest value over smallest, from which on an axis is logarithmic where a panel allows it."""
+UPDATES = Axis(name="update")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spec:
+    """One panel: the metrics that it shows, and how."""
+
+    id: str
+    title: str
+    how: str
+    y: Axis
+    keys: tuple[tuple[str, str], ...]
+    """(metric, name of its line)."""
+    log: bool = False
+    """A logarithmic axis is allowed."""
+
+
+def _one(key: str, title: str, how: str, unit: str, *, log: bool = False) -> Spec:
+    y = Axis(name=title.lower(), unit=unit)
+    return Spec(id=key.replace("/", "-"), title=title, how=how, y=y, keys=((key, ""),), log=log)
+
+
+_SHARE = Axis(name="share of the positions", form="percent")
+_MASS = Axis(name="probability", form="percent")
+
+SPECS = (
+    Spec(
+        id="accuracy",
+        title="Accuracy",
+        how="Mean reward of the graded responses to other prompts: of the first response, and of "
+        "all responses to a prompt. The band is the standard error over prompts.",
+        y=Axis(name="mean reward", form="percent"),
+        keys=(
+            ("eval/accuracy", "first response"),
+            ("eval/avg_at_n", "all responses"),
+            (TEACHER_ACCURACY, "teacher"),
+        ),
+    ),
+    Spec(
+        id="loss",
+        title="Loss",
+        how="Mean loss of an update by the objective. Losses of different objectives do not "
+        "compare, and a policy gradient has no lower bound: read its metrics instead.",
+        y=Axis(name="loss", unit="nats"),
+        keys=(
+            ("loss", "loss"),
+            ("loss/distill", "distillation alone"),
+            ("loss/ce", "cross-entropy"),
+            ("loss/reward", "reward"),
+            ("loss/return_to_go", "return to go"),
+            ("eval/loss", "held out"),
+        ),
+        log=True,
+    ),
+    Spec(
+        id="overlap-ratio",
+        title="Overlap ratio",
+        how="Share of the 16 best ids of the student that are also among the teacher's 16 best. It "
+        "counts ids of almost no probability too, so under reverse KL it may fall while the mass "
+        "rises: read both.",
+        y=Axis(name="overlap ratio", form="percent"),
+        keys=(("overlap/ratio", ""), ("eval/overlap/ratio", "held out")),
+    ),
+    Spec(
+        id="overlap-mass",
+        title="Overlap mass",
+        how="Probability of student and teacher on the ids that are among the 16 best of both. "
+        "Near 100 % is healthy; a mass that falls means that the student looks elsewhere than "
+        "the teacher.",
+        y=_MASS,
+        keys=(
+            ("overlap/mass_student", "student"),
+            ("overlap/mass_teacher", "teacher"),
+            ("eval/overlap/mass_student", "student, held out"),
+            ("eval/overlap/mass_teacher", "teacher, held out"),
+        ),
+    ),
+    Spec(
+        id="advantage",
+        title="Overlap advantage",
+        how="Mean of the renormalised student's probability times log q - log p on the common "
+        "ids. It is 0 where both agree and negative else: rising towards 0 is good.",
+        y=Axis(name="advantage", unit="nats"),
+        keys=(("overlap/advantage", ""), ("eval/overlap/advantage", "held out")),
+    ),
+    Spec(
+        id="entropy",
+        title="Entropy",
+        how="Entropy of the next token of both models. The student should come near the teacher; "
+        "far below it, its samples lose their variety.",
+        y=Axis(name="entropy", unit="nats"),
+        keys=(
+            ("entropy/student", "student"),
+            ("entropy/teacher", "teacher"),
+            ("eval/entropy/student", "student, held out"),
+            ("eval/entropy/teacher", "teacher, held out"),
+        ),
+    ),
+    Spec(
+        id="entropy-gap",
+        title="Entropy gap",
+        how="Mean absolute difference of both entropies at a position. It falls towards 0 as the "
+        "student becomes as sure as the teacher, where the teacher is.",
+        y=Axis(name="entropy gap", unit="nats"),
+        keys=(("entropy/gap", ""), ("eval/entropy/gap", "held out")),
+    ),
+    Spec(
+        id="kl",
+        title="KL divergence",
+        how="Forward: KL(teacher || student), reverse: KL(student || teacher). Both are lower "
+        "bounds, with all ids without a score in one bucket; compare them on the same scores only.",
+        y=Axis(name="KL", unit="nats"),
+        keys=(
+            ("kl/forward_bound", "forward"),
+            ("kl/reverse_bound", "reverse"),
+            ("eval/kl/forward_bound", "forward, held out"),
+            ("eval/kl/reverse_bound", "reverse, held out"),
+        ),
+        log=True,
+    ),
+    Spec(
+        id="top1",
+        title="Same best token",
+        how="Share of the positions at which student and teacher have the same most likely token.",
+        y=_SHARE,
+        keys=(("top1/agreement", ""), ("eval/top1/agreement", "held out")),
+    ),
+    Spec(
+        id="nll",
+        title="NLL of the stored tokens",
+        how="Mean of -log p of the sampled tokens under the student in training.",
+        y=Axis(name="NLL", unit="nats"),
+        keys=(("nll/student", ""), ("eval/nll/student", "held out")),
+    ),
+    Spec(
+        id="coverage",
+        title="Coverage",
+        how="Probability of the student on ids that have a stored score. Objectives on the "
+        "student's own ids warn below 95 %: then sample and score again, or keep more ids.",
+        y=_MASS,
+        keys=(("cache/coverage", ""),),
+    ),
+    Spec(
+        id="uncached",
+        title="Uncached mass",
+        how="Probability of the student on ids of its 16 best without a stored score. It should "
+        "stay near 0.",
+        y=_MASS,
+        keys=(("cache/uncached_mass", ""),),
+    ),
+    Spec(
+        id="age",
+        title="Age of the data",
+        how="Mean number of updates between the student that sampled a position and the one in "
+        "training, and of the refresh of a teacher that follows it. 0 is on policy.",
+        y=Axis(name="age", unit="updates"),
+        keys=(("cache/age", "rollouts"), ("cache/teacher_age", "teacher")),
+    ),
+    _one(
+        "cache/approx_kl",
+        "Drift",
+        "Approximate KL (k3) from the student that sampled to the one in training. Above 0.05 "
+        "drawn tokens are no longer draws of this student; fixed supports are exact at any drift.",
+        "nats",
+    ),
+    Spec(
+        id="skipped",
+        title="Skipped positions",
+        how="Share of the positions beyond the bounds of staleness, which gave no gradient.",
+        y=_SHARE,
+        keys=(("cache/skipped_share", ""),),
+    ),
+    _one(
+        "cache/resampled",
+        "Resampled units",
+        "Units that were beyond the bounds of staleness and were sampled again.",
+        "units",
+    ),
+    _one(
+        "train/grad_norm",
+        "Gradient norm",
+        "Norm of the gradient before clipping. Spikes are single bad updates; a norm that grows "
+        "is a sign of a learning rate that is too large.",
+        "",
+        log=True,
+    ),
+    _one("train/lr", "Learning rate", "Learning rate of each update, by the schedule.", ""),
+    Spec(
+        id="changed",
+        title="Changed weights",
+        how="Share of the saved weights that differ after an update, in their own type. Near 0 the "
+        "update is lost in rounding: use a larger learning rate.",
+        y=Axis(name="share of the weights", form="percent"),
+        keys=(("train/changed_share", ""),),
+    ),
+    Spec(
+        id="wait",
+        title="Wait for data",
+        how="Share of the time that the trainer waited for packs. In a loop it has the sampling "
+        "and the scoring of a round in it.",
+        y=Axis(name="share of the time", form="percent"),
+        keys=(("train/data_wait", ""),),
+    ),
+)
+
+EXPECTED = {
+    "accuracy": "no graded evaluation: `logitcask train --eval-prompts FILE` measures it before "
+    "and after, and `logitcask evaluate RUN --worker --eval-prompts FILE` later",
+    "skipped": "",
+    "cache-resampled": "",
+}
+"""Panel -> the reason why a run may lack it; '' = it is not missed."""
+
+
+def dynamics(runs: Sequence[RunFacts]) -> Section:
+    """Return the panels of all metrics that some run has."""
+    panels, absent = [], []
+    for spec in SPECS:
+        if (panel := lines_of(spec, runs)) is not None:
+            panels.append(panel)
+        elif why := EXPECTED.get(spec.id, "no update of these runs has logged it yet"):
+            absent.append(Absent(title=spec.title, why=why))
+    if (panel := _rate(runs)) is not None:
+        panels.append(panel)
+    return Section(id="dynamics", title="Dynamics", panels=tuple(panels), absent=tuple(absent))
+
+
+def lines_of(spec: Spec, runs: Sequence[RunFacts]) -> Lines | None:
+    """Return a panel with a line for each run and metric that is there; None without any."""
+    series, parts = [], 1
+    for number, run in enumerate(runs):
+        for key, name in spec.keys:
+            lines = run.evaluated if key.startswith("eval/") else run.updates
+            if points := points_of(lines, key):
+                thin, part = thinned(points, max(LEAST_POINTS, MOST_POINTS // len(runs)))
+                parts = max(parts, part)
+                series.append(_series(name or spec.title.lower(), number, thin))
+    return _panel(spec, series, parts) if series else None
+
+
+def _rate(runs: Sequence[RunFacts]) -> Lines | None:
+    """Return positions per second of training between the logged updates."""
+    spec = _one(
+        "rate",
+        "Speed",
+        "Response positions trained per second between two logged updates. Pauses for saves and "
+        "evaluations are in it.",
+        "positions/s",
+    )
+    series, parts = [], 1
+    for number, run in enumerate(runs):
+        points, seconds, positions = [], 0.0, 0
+        for line in run.updates:
+            now, total = line.get("progress/seconds"), line.get("progress/positions")
+            if now is None or total is None:
+                continue
+            # A resumed run may have lost seconds with its last lines.
+            if now > seconds and total > positions:
+                rate = (total - positions) / (now - seconds)
+                points.append((int(line["progress/step"]), rate, None))
+            seconds, positions = now, total
+        if points:
+            thin, part = thinned(points, max(LEAST_POINTS, MOST_POINTS // len(runs)))
+            parts = max(parts, part)
+            series.append(_series(spec.title.lower(), number, thin))
+    return _panel(spec, series, parts) if series else None
+
+
+def _panel(spec: Spec, series: Sequence[Series], parts: int) -> Lines:
+    how = spec.how
+    if parts > 1:
+        how += f" Of each {parts} values in a row, the smallest and the largest are drawn."
+    values = [value for each in series for value in each.y if value is not None]
+    y = spec.y
+    if spec.log and min(values) > 0 and max(values) / min(values) >= LOG_FROM:
+        y = Axis(name=y.name, unit=y.unit, form="log")
+    return Lines(id=spec.id, title=spec.title, how=how, x=UPDATES, y=y, series=tuple(series))
+
+
+def _series(name: str, run: int, points: Points) -> Series:
+    banded = any(error for _, _, error in points)
+    return Series(
+        of=name,
+        run=run,
+        x=tuple(float(step) for step, _, _ in points),
+        y=tuple(_short(value) for _, value, _ in points),
+        low=tuple(_short(value - (error or 0.0)) for _, value, error in points) if banded else (),
+        high=tuple(_short(value + (error or 0.0)) for _, value, error in points) if banded else (),
+    )
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
+
+
+def thinned(points: Points, most: int) -> tuple[Points, int]:
+    """Return at most `most` points and the length of a part.
+
+    Of each part the smallest and the largest value are kept, in their order, and the last point.
+    """
+    if len(points) <= most:
+        return points, 1
+    part = -(-2 * len(points) // (most - 1))
+    found = []
+    for start in range(0, len(points), part):
+        those = range(start, min(start + part, len(points)))
+        ends = {min(those, key=lambda at: points[at][1]), max(those, key=lambda at: points[at][1])}
+        found += [points[at] for at in sorted(ends)]
+    if found[-1] != points[-1]:
+        found.append(points[-1])
+    return found, part
