@@ -44,6 +44,7 @@ TRITONS = sorted(Path(__file__).resolve().parent.parent.glob(".venv-triton-*"))
 """Folders of other versions of Triton than the installed one."""
 
 NEEDS = {
+    "chromium": lambda: shutil.which("chromium") is not None,
     "deepspeed": lambda: DEEPSPEED.is_dir() or find_spec("deepspeed") is not None,
     "gpu": torch.cuda.is_available,
     "make": lambda: shutil.which("make") is not None,

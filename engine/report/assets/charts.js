@@ -1,0 +1,152 @@
+"use strict";
+// Lines and bars, on Observable Plot. Colours are CSS variables, so a theme needs no new drawing.
+
+const COLOURS = 8;
+const DASHES = ["", "6 3", "2 3", "9 3 2 3", "12 4", "2 6"];
+
+function colour(number) {
+  return `var(--series-${number % COLOURS})`;
+}
+
+/** What all charts have in common. */
+function plot(width, options) {
+  return Plot.plot({
+    width,
+    marginTop: 24,
+    marginRight: 16,
+    marginBottom: 40,
+    style: { fontSize: "12px", fontFamily: "inherit", background: "transparent" },
+    ...options,
+  });
+}
+
+/** A legend of text; each item has a sample of its line or its filling. */
+function legend(items) {
+  return make("ul", { className: "legend" }, ...items.map((item) => {
+    const sample = makeSvg("svg", { width: 22, height: 10, "aria-hidden": "true" });
+    if (item.dash === undefined) {
+      sample.append(makeSvg("rect", { width: 14, height: 10, rx: 2, style: `fill:${item.colour}` }));
+    } else {
+      const line = { x1: 0, x2: 22, y1: 5, y2: 5, "stroke-width": 2, "stroke-dasharray": item.dash };
+      sample.append(makeSvg("line", { ...line, style: `stroke:${item.colour}` }));
+    }
+    return make("li", {}, sample, make("span", { textContent: item.name }));
+  }));
+}
+
+/** The limits of a scale; one value alone gets some room around it. */
+function limits(values) {
+  const [low, high] = d3.extent(values);
+  if (low !== high || low === undefined) return undefined;
+  const room = Math.abs(low) * 0.1 || 1;
+  return [low - room, high + room];
+}
+
+/** Names and looks of lines: runs differ in colour and quantities in dashes; one run has both. */
+function looksOf(panel, report) {
+  const several = report.runs.length > 1;
+  const quantities = unique(panel.series.map((series) => series.of));
+  return panel.series.map((series) => {
+    const number = quantities.indexOf(series.of);
+    const run = report.runs[series.run];
+    const name = quantities.length > 1 ? `${run} · ${series.of}` : run;
+    return {
+      name: several ? name : series.of,
+      colour: colour(several ? series.run : number),
+      dash: DASHES[number % DASHES.length],
+    };
+  });
+}
+
+function drawLines(panel, report, width) {
+  const looks = looksOf(panel, report);
+  const numbers = panel.series.flatMap((series) => [...series.y, ...series.low, ...series.high])
+    .filter(Number.isFinite);
+  const places = panel.series.flatMap((series) => series.x).filter(Number.isFinite);
+  const [x, y] = [unitOf(panel.x, places), unitOf(panel.y, numbers)];
+  const value = (number, axis, unit) =>
+    Number.isFinite(number) && (axis.form !== "log" || number > 0) ? number * unit.factor : NaN;
+  const marks = [Plot.gridY({ strokeOpacity: 0.12 })];
+  const rows = new Map();
+  panel.series.forEach((series, number) => {
+    const points = series.x.map((place, index) => ({
+      x: value(place, panel.x, x),
+      y: value(series.y[index], panel.y, y),
+      low: value(series.low[index], panel.y, y),
+      high: value(series.high[index], panel.y, y),
+    }));
+    const { colour: stroke, dash } = looks[number];
+    if (series.low.length) {
+      marks.push(Plot.areaY(points, { x: "x", y1: "low", y2: "high", fill: stroke, fillOpacity: 0.15 }));
+    }
+    marks.push(Plot.lineY(points, { x: "x", y: "y", stroke, strokeWidth: 1.75, strokeDasharray: dash || undefined }));
+    if (points.length <= 40) marks.push(Plot.dot(points, { x: "x", y: "y", fill: stroke, r: 2.5 }));
+    points.forEach((point, index) => {
+      if (!rows.has(point.x)) rows.set(point.x, []);
+      if (Number.isFinite(series.y[index])) {
+        rows.get(point.x).push(`${looks[number].name}  ${formatValue(series.y[index], panel.y)}`);
+      }
+    });
+  });
+  const tips = [...rows].map(([place, texts]) => ({ x: place, text: [
+    `${panel.x.name} ${formatNumber(place)}${x.unit ? ` ${x.unit}` : ""}`, ...texts].join("\n") }));
+  marks.push(
+    Plot.ruleX(tips, Plot.pointerX({ x: "x", stroke: "currentColor", strokeOpacity: 0.4, maxRadius: 1e4 })),
+    Plot.tip(tips, Plot.pointerX({ x: "x", frameAnchor: "top", title: "text", maxRadius: 1e4, lineWidth: 30 })),
+  );
+  const whole = places.every(Number.isInteger) ? d3.max(places) - d3.min(places) : Infinity;
+  const chart = plot(width, {
+    height: 240,
+    marginLeft: 52,
+    x: {
+      label: axisLabel(panel.x, x.unit), labelArrow: "none", type: panel.x.form === "log" ? "log" : "linear",
+      domain: limits(places.map((each) => each * x.factor)), ticks: Math.max(1, Math.min(whole, width / 80)),
+    },
+    y: {
+      label: axisLabel(panel.y, y.unit), labelArrow: "none", type: panel.y.form === "log" ? "log" : "linear",
+      domain: limits(numbers.map((each) => each * y.factor)), ticks: 5, nice: true,
+    },
+    marks,
+  });
+  const parts = looks.length > 1 || report.runs.length > 1 ? [legend(looks)] : [];
+  const lost = panel.y.form === "log" ? numbers.filter((number) => number <= 0).length : 0;
+  if (lost) parts.push(note(`${lost} values of 0 or less have no place on a logarithmic axis.`));
+  return [chart, ...parts];
+}
+
+function drawBars(panel, report, width) {
+  const names = unique(panel.bars.map((bar) => bar.name));
+  const groups = unique(panel.bars.map((bar) => bar.group));
+  const totals = d3.rollup(panel.bars, (bars) => d3.sum(bars, (bar) => bar.value), (bar) => bar.name);
+  const { factor, unit } = unitOf(panel.value, [...totals.values()]);
+  const room = Math.min(width * 0.42, 24 + 6.6 * d3.max(names, (name) => name.length));
+  const letters = Math.floor((room - 16) / 6.6);
+  const grouped = groups.length > 1 || groups[0] !== "";
+  const fill = (bar) => colour(groups.indexOf(bar.group));
+  const chart = plot(width, {
+    height: 64 + 24 * names.length,
+    marginLeft: room,
+    marginRight: 76,
+    x: { label: axisLabel(panel.value, unit), labelArrow: "none", ticks: Math.max(2, width / 160), nice: true },
+    y: { label: null, domain: names, tickFormat: (name) => shorten(name, letters), tickSize: 0 },
+    marks: [
+      Plot.gridX({ strokeOpacity: 0.12 }),
+      Plot.barX(panel.bars, {
+        x: (bar) => bar.value * factor, y: "name", fill, insetTop: 2, insetBottom: 2,
+        title: (bar) => [bar.name, bar.group, formatValue(bar.value, panel.value)].filter(Boolean).join("\n"),
+        tip: true,
+      }),
+      Plot.ruleX([0], { strokeOpacity: 0.4 }),
+      Plot.text([...totals], {
+        x: ([, total]) => total * factor, y: ([name]) => name, dx: 6, textAnchor: "start",
+        text: ([, total]) => formatValue(total, panel.value),
+      }),
+    ],
+  });
+  const items = groups.map((name, number) => ({ name: name || "other", colour: colour(number) }));
+  return grouped ? [chart, legend(items)] : [chart];
+}
+
+function note(text) {
+  return make("p", { className: "note", textContent: text });
+}

@@ -1,0 +1,71 @@
+"use strict";
+// One panel: its heading, the sentence how to read it, the chart, the numbers.
+
+const DRAW = { lines: drawLines, heat: drawHeat, bars: drawBars, timeline: drawTimeline, table: drawTable };
+const SLICE = 12; // milliseconds of drawing before the browser may answer to the reader
+
+const waiting = new Set();
+let scheduled = false;
+
+// A chart is drawn when its place has a width, and again when that changes.
+const places = new ResizeObserver((entries) => {
+  for (const { target } of entries) {
+    const width = Math.floor(target.clientWidth);
+    if (width && width !== target.drawnWidth) schedule(target);
+  }
+});
+
+function schedule(place) {
+  waiting.add(place);
+  document.documentElement.dataset.drawn = "";
+  if (scheduled) return;
+  scheduled = true;
+  setTimeout(drawWaiting);
+}
+
+/** Draw panels in the order of the page, in short pieces of work. */
+function drawWaiting() {
+  scheduled = false;
+  const until = performance.now() + SLICE;
+  for (const place of waiting) {
+    waiting.delete(place);
+    if (place.isConnected) place.draw();
+    if (waiting.size && performance.now() > until) {
+      scheduled = true;
+      setTimeout(drawWaiting);
+      return;
+    }
+  }
+  document.documentElement.dataset.drawn = "all";
+}
+
+window.addEventListener("beforeprint", () => {
+  for (const place of waiting) if (place.isConnected) place.draw();
+  waiting.clear();
+});
+
+/**
+ * Make the figure of a panel. It draws itself once it is in the page. `choices` is what the reader
+ * chose in it (order of a table, zoom of a timeline), which the next figure may take over.
+ */
+function drawPanel(panel, report, choices = {}) {
+  const title = `title-${panel.id}`;
+  const place = make("div", { className: `chart chart-${panel.kind}` });
+  const head = make("figcaption", {},
+    make("h3", { id: title, textContent: panel.title }),
+    make("p", { className: "how", textContent: panel.how }));
+  const figure = make("figure", { className: `panel panel-${panel.kind}`, id: `panel-${panel.id}`, "aria-labelledby": title }, head, place);
+  place.draw = () => {
+    const width = Math.max(240, Math.floor(place.clientWidth));
+    place.drawnWidth = Math.floor(place.clientWidth);
+    place.replaceChildren(...DRAW[panel.kind](panel, report, width, choices));
+    const chart = place.querySelector("svg:not([aria-hidden])");
+    if (chart && panel.kind !== "table") {
+      chart.setAttribute("role", "img");
+      chart.setAttribute("aria-label", `${panel.title}. The numbers are in the table below the chart.`);
+    }
+  };
+  if (panel.kind !== "table") figure.append(numbersOf(panel, report));
+  places.observe(place);
+  return figure;
+}
