@@ -82,14 +82,17 @@ def distill_command(
     if dry_run and recipe is not None:
         from logitcask.engine.recipes.dry_run import check_recipe
 
-        checked, missing = check_recipe(load_recipe(recipe).tables, config, overrides, print_event)
+        tables = load_recipe(recipe).tables
+        with progress_bar():
+            checked, missing = check_recipe(tables, config, overrides, print_event)
         click.echo(to_toml(checked, missing))
         return
     resolved = read_recipe(recipe, config, overrides)
     if dry_run:
         from logitcask.engine.commands.prove import prove
 
-        prove(resolved, print_event)
+        with progress_bar():
+            prove(resolved, print_event)
         click.echo(to_toml(resolved))
         return
     if role is not None:

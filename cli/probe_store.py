@@ -45,7 +45,10 @@ def reward_command(form: str, figure: Path | None, **flags: Any) -> None:
     """
     from logitcask.engine.commands.probe import run_reward_probe
 
-    print_result(run_reward_probe(config_from_flags(RewardProbeConfig, flags), figure), form)
+    config = config_from_flags(RewardProbeConfig, flags)
+    with progress_bar():
+        report = run_reward_probe(config, figure)
+    print_result(report, form)
 
 
 @click.command("positions")
@@ -67,7 +70,9 @@ def positions_command(form: str, figure: Path | None, **flags: Any) -> None:
 
     from logitcask.engine.commands.probe import run_position_probe
 
-    report = run_position_probe(config_from_flags(PositionProbeConfig, flags), figure)
+    config = config_from_flags(PositionProbeConfig, flags)
+    with progress_bar():
+        report = run_position_probe(config, figure)
     if form == "json":
         print_result(asdict(report), form)
         return
@@ -100,7 +105,9 @@ def correctness_command(form: str, figure: Path | None, **flags: Any) -> None:
 
     from logitcask.engine.commands.probe import run_correctness_probe
 
-    report = run_correctness_probe(config_from_flags(CorrectnessProbeConfig, flags), figure)
+    config = config_from_flags(CorrectnessProbeConfig, flags)
+    with progress_bar():
+        report = run_correctness_probe(config, figure)
     if form == "json":
         print_result(asdict(report), form)
         return

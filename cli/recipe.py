@@ -67,7 +67,8 @@ def cold_start_command(
     if dry_run:
         from logitcask.engine.recipes.cold_start import prove_cold_start
 
-        prove_cold_start(resolved, sections.cold_start, print_event)
+        with progress_bar():
+            prove_cold_start(resolved, sections.cold_start, print_event)
         click.echo(to_toml(resolved) + "\n" + to_toml(sections))
         return
     from logitcask.engine.recipes.cold_start import run_cold_start, shown
@@ -104,7 +105,8 @@ def best_of_n_command(
     if dry_run:
         from logitcask.engine.recipes.best_of_n import prove_best_of_n
 
-        prove_best_of_n(resolved, sections.best_of_n, print_event)
+        with progress_bar():
+            prove_best_of_n(resolved, sections.best_of_n, print_event)
         click.echo(to_toml(resolved) + "\n" + to_toml(sections))
         return
     from logitcask.engine.recipes.best_of_n import run_best_of_n
@@ -138,7 +140,9 @@ def prompts_command(file: Path, form: str, dry_run: bool, **flags: Any) -> None:
         return
     from logitcask.engine.recipes.prompts import run_prompt_recipe
 
-    print_result(run_prompt_recipe(file, sections.prompt_recipe), form)
+    with progress_bar():
+        report = run_prompt_recipe(file, sections.prompt_recipe)
+    print_result(report, form)
 
 
 for _command in NAMED:
@@ -172,7 +176,8 @@ def reverse_command(
     if dry_run:
         from logitcask.engine.commands.prove import prove
 
-        prove(found, print_event)
+        with progress_bar():
+            prove(found, print_event)
         click.echo(to_toml(found))
         return
     write_once(out, to_toml(found))

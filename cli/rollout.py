@@ -50,7 +50,8 @@ def rollout_command(form: str, dry_run: bool, **flags: Any) -> None:
     if dry_run:
         from logitcask.engine.commands.prove import prove
 
-        prove(config, print_event)
+        with progress_bar():
+            prove(config, print_event)
         click.echo(to_toml(config))
         return
     if config.work.worker:

@@ -39,7 +39,9 @@ def info(url: str, form: str) -> None:
     from logitcask.engine.store import open_store
     from logitcask.engine.store.inspect import summary
 
-    print_result(summary(open_store(url)), form)
+    with progress_bar():
+        found = summary(open_store(url))
+    print_result(found, form)
 
 
 @store_command.command("ls")
@@ -62,7 +64,9 @@ def ls(url: str, form: str) -> None:
     from logitcask.engine.store import open_store
     from logitcask.engine.store.inspect import list_segments
 
-    print_segments(list_segments(open_store(url)), form)
+    with progress_bar():
+        found = list_segments(open_store(url))
+    print_segments(found, form)
 
 
 @store_command.command("verify")

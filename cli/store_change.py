@@ -102,12 +102,13 @@ def gc_command(url: str, dry_run: bool, form: str, **flags: Any) -> None:
     from logitcask.engine.store import open_store
     from logitcask.engine.store.retention import gc
 
-    report = gc(
-        open_store(url),
-        keep_days=job.gc.keep_days,
-        lease_hours=job.gc.lease_hours,
-        dry_run=dry_run,
-    )
+    with progress_bar():
+        report = gc(
+            open_store(url),
+            keep_days=job.gc.keep_days,
+            lease_hours=job.gc.lease_hours,
+            dry_run=dry_run,
+        )
     print_result({"dry_run": dry_run, **asdict(report)}, form)
     if report.kept_deleted and job.gc.keep_days:
         click.echo(

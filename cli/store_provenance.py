@@ -7,6 +7,7 @@ import rich_click as click
 
 from logitcask.cli.options import format_option
 from logitcask.cli.output import Tree, print_event, print_result, print_tree
+from logitcask.cli.progress import progress_bar
 
 
 @click.command("provenance")
@@ -29,7 +30,8 @@ def provenance_command(model: str, url: str | None, revision: str, form: str) ->
     """
     from logitcask.engine.training.provenance.chain import trace
 
-    found = trace(model, revision=revision, url=url)
+    with progress_bar():
+        found = trace(model, revision=revision, url=url)
     if form == "json":
         print_result(found, form)
         return

@@ -70,7 +70,8 @@ def train_command(form: str, dry_run: bool, estimate: bool, world_size: int, **f
     if dry_run:
         from logitcask.engine.commands.prove import prove
 
-        prove(config, print_event)
+        with progress_bar():
+            prove(config, print_event)
         click.echo(to_toml(config))
         return
     from logitcask.engine.commands.train import run_train

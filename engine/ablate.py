@@ -40,7 +40,7 @@ from logitcask.engine.models.digests import read_json, replace_text, write_json
 from logitcask.engine.store import open_store
 from logitcask.engine.store.cache import UnitCache
 from logitcask.engine.training.run_dir.files import check_same, locked, writing
-from logitcask.engine.types import Progress, no_progress
+from logitcask.engine.types import NO_DETAIL, Detail, Progress, no_progress
 
 PLAN = "plan.json"
 
@@ -185,10 +185,12 @@ def _trained(
         for seed in range(config.run.seed, config.run.seed + settings.seeds * (not each.refused)):
             name = f"{each.name}/seed-{seed}"
             run = {"out": settings.out / name, "seed": seed, "overwrite": False}
+            progress("ablate", done, total)
             start_s = time.monotonic()
             report = run_train(
                 each.config.model_copy(update={"run": each.config.run.model_copy(update=run)}),
                 cache=cache,
+                progress=_within(progress, done, total, name),
                 on_event=_prefixed(name, on_event),
             )
             if report.resumed_at < report.updates:
@@ -197,12 +199,26 @@ def _trained(
                 trainings_s += min(run_seconds(report), time.monotonic() - start_s)
             runs.append(report)
             done += 1
-            progress("ablate", done, total)
         rows.append(table_row(each.values, runs, each.refused, settings.teacher_accuracy))
         if runs:
             scoring_s, epochs = scoring_seconds(each.config), each.config.train.num_train_epochs
             passes.append(Passes(seconds=scoring_s, runs=len(runs), epochs=epochs))
+    progress("ablate", total, total)
     return rows, passes, trained, trainings_s
+
+
+def _within(progress: Progress, run: int, runs: int, name: str) -> Progress:
+    """Return the progress of one training as a part of all."""
+    share = 0.0
+
+    def within(stage: str, done: int, total: int, detail: Detail = NO_DETAIL) -> None:
+        nonlocal share
+        if stage == "train":  # evaluations between its updates move nothing
+            share = min((done + detail.share) / max(1, total), 0.99)
+        part = f"{name}: {stage} {done:,}/{total:,}"
+        progress("ablate", run, runs, Detail(part=part, share=share))
+
+    return within
 
 
 # --- the plan ---

@@ -1,14 +1,21 @@
-"""Events of a long-running command: lines for the user, cancellation of a wait, and its memory.
+"""Events of a long-running command: lines for the user, its steps, cancellation, and its memory.
 
 The engine prints nothing. It calls an `EventHandler`, which the command line provides.
 """
 
+import io
 import resource
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+from logitcask.engine.types import Detail, Progress, no_progress
+
+T = TypeVar("T")
 EventHandler = Callable[[str], None]
 """Called with one line of text."""
 
@@ -76,3 +83,77 @@ class CancelToken:
     def _add(self, count: int) -> None:
         with self._lock:
             self._open += count
+
+
+_steps: ContextVar[Progress] = ContextVar("steps", default=no_progress)
+
+
+@contextmanager
+def report_steps(progress: Progress) -> Iterator[None]:
+    """Report the steps that this thread takes in the body to `progress`."""
+    token = _steps.set(progress)
+    try:
+        yield
+    finally:
+        _steps.reset(token)
+
+
+@dataclass(kw_only=True)
+class Step:
+    """Work that no stage counts, such as reading weights: it prepares a stage, or ends one.
+
+    It stands far below the commands, so its progress is of `report_steps` and no argument.
+    """
+
+    name: str
+    total: int
+    """0 = not known."""
+    unit: str
+    progress: Progress
+    done: int = 0
+
+    def add(self, count: int = 1, *, ended: bool = False) -> None:
+        """Count work as done; from any thread."""
+        self.done += count
+        detail = Detail(unit=self.unit, brief=True, ended=ended)
+        self.progress(self.name, self.done, self.total, detail)
+
+
+@contextmanager
+def running_step(name: str, total: int = 0, unit: str = "") -> Iterator[Step]:
+    """Report the body as a step of `total` in `unit`, such as `bytes`; 0 = not known."""
+    found = Step(name=name, total=total, unit=unit, progress=_steps.get())
+    found.add(0)
+    try:
+        yield found
+    finally:
+        found.add(0, ended=True)
+
+
+def counted(name: str, items: Iterable[T], total: int = 0, unit: str = "") -> Iterator[T]:
+    """Yield the items, and report each as done when the next is taken."""
+    with running_step(name, total, unit) as found:
+        for item in items:
+            yield item
+            found.add()
+
+
+def download_bar(found: Step) -> Any:
+    """Return a class of progress bars that the Hub's client accepts: it prints nothing, and counts
+    the bytes that reach the disk for a step.
+    """
+    from tqdm import tqdm  # type: ignore[import-untyped]  # it has no types
+
+    class Counter(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **keys: Any) -> None:
+            # Of the bytes there are two bars; the other counts those of the network.
+            self.counts = keys.get("unit") == "B" and "Download" not in keys.get("desc", "")
+            super().__init__(*args, **keys | {"file": io.StringIO()})
+
+        def update(self, n: float | None = 1) -> Any:
+            if self.counts:
+                found.total = int(self.total or 0)
+                found.add(int(n or 0))
+            return super().update(n)
+
+    return Counter

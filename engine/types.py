@@ -52,6 +52,13 @@ class Detail:
     """Text on the running work unit, such as `120/512 sequences`."""
     share: float = 0.0
     """Work on the next of `total` that is done, about: 0.5 is half a unit."""
+    unit: str = ""
+    """Noun of `done` and `total`, such as `bytes`, where the stage has no noun of its own."""
+    brief: bool = False
+    """True for a step of preparation, which is shown only while it takes long. Its total is 0
+    where it is not known."""
+    ended: bool = False
+    """True for the last report of such a step."""
 
 
 NO_DETAIL = Detail()

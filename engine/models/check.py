@@ -28,6 +28,7 @@ import transformers
 from torch import Tensor, nn
 
 from logitcask.engine.errors import ModelError
+from logitcask.engine.events import running_step
 from logitcask.engine.models.attention import attention_of, ordinary_attention
 from logitcask.engine.models.forward import (
     cuts,
@@ -123,7 +124,8 @@ def checked_paths(
     file = cache_folder() / "checks" / f"{digest(key).removeprefix('sha256:')}.json"
     found = _read(file)
     if found is None:
-        found = check_paths(inner, n_vocab, changes)
+        with running_step(f"check {ref.path.name}"):
+            found = check_paths(inner, n_vocab, changes)
         _write(file, found)
     return found
 

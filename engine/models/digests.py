@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from logitcask.engine.errors import IntegrityError
+from logitcask.engine.events import running_step
 
 SELF = "self_sha256"
 """Key of a JSON file: the sha256 of its other keys."""
@@ -98,6 +99,14 @@ def file_names(folder: Path) -> list[str]:
 
 
 def _hashed(folder: Path, names: Mapping[str, str] | list[str]) -> list[str]:
-    # hashlib releases the interpreter lock, so threads hash in parallel.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda name: sha256_of(folder / name), names))
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    with running_step(f"hash {folder.name}", sum(sizes.values()), "bytes") as hashing:
+
+        def hashed(name: str) -> str:
+            found = sha256_of(folder / name)
+            hashing.add(sizes[name])
+            return found
+
+        # hashlib releases the interpreter lock, so threads hash in parallel.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(hashed, names))

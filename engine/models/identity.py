@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from logitcask.engine.errors import ConfigError, IntegrityError, ModelError
+from logitcask.engine.events import download_bar, running_step
 from logitcask.engine.models.digests import file_digests, flush, read_json, write_json
 from logitcask.engine.models.weight_files import WEIGHTS, check_own_files
 from logitcask.engine.models.weights import folder_tensors
@@ -124,15 +125,17 @@ def _folder_of(name: str, revision: str, weights: bool, download: bool) -> Path:
     import huggingface_hub
 
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name,
-                revision=revision or None,
-                allow_patterns=[each for each in HUB_FILES if weights or each != WEIGHTS],
-                ignore_patterns=["consolidated*"],  # Mistral's own copy of the same weights
-                local_files_only=not download,
+        with running_step(f"download {name}", unit="bytes") as found:
+            return Path(
+                huggingface_hub.snapshot_download(
+                    name,
+                    revision=revision or None,
+                    allow_patterns=[each for each in HUB_FILES if weights or each != WEIGHTS],
+                    ignore_patterns=["consolidated*"],  # Mistral's own copy of the same weights
+                    local_files_only=not download,
+                    tqdm_class=download_bar(found),
+                )
             )
-        )
     # Its errors share no base class: HTTP, validation, offline and file errors.
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         cause = (str(error).strip().splitlines() or [""])[0]

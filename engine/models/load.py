@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from logitcask.engine.config.training import Lora
 from logitcask.engine.errors import ConfigError, ModelError
+from logitcask.engine.events import running_step
 from logitcask.engine.models.adapters import with_adapters
 from logitcask.engine.models.attention import (
     PACKED,
@@ -72,7 +73,7 @@ def load_model(
     """
     factory: Any = transformers.AutoModelForCausalLM
     try:
-        with quiet():
+        with quiet(), running_step(f"load {path.name}"):
             model, report = factory.from_pretrained(
                 path,
                 dtype=dtype,

@@ -7,13 +7,14 @@ import mmap
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from logitcask.engine.config.parse.strict_json import count_values
 from logitcask.engine.errors import ModelError
+from logitcask.engine.events import running_step
 from logitcask.engine.models.weight_files import weight_files
 
 MAX_HEADER_BYTES = 100_000_000
@@ -38,7 +39,8 @@ def folder_tensors(path: Path) -> dict[str, list[Any]]:
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         entry = cache.get(str(file))
         if entry is None or entry["stamp"] != stamp:
-            entry = {"stamp": stamp, "tensors": tensor_digests(file)}
+            with running_step(f"hash {file.name}", stat.st_size, "bytes") as hashing:
+                entry = {"stamp": stamp, "tensors": tensor_digests(file, hashing.add)}
             if time.time_ns() - stat.st_mtime_ns > RACY_NS:
                 cache[str(file)] = entry
                 changed = True
@@ -54,9 +56,12 @@ def folder_tensors(path: Path) -> dict[str, list[Any]]:
     return tensors
 
 
-def tensor_digests(file: Path) -> list[list[Any]]:
+def tensor_digests(
+    file: Path, on_bytes: Callable[[int], None] = lambda count: None
+) -> list[list[Any]]:
     """Return [name, dtype, shape, sha256 of the bytes] of every tensor in a safetensors file.
 
+    on_bytes: called with the bytes of each tensor that was read, from any thread.
     Format: header length (8 bytes, little-endian), a JSON header
     {name: {dtype, shape, data_offsets}}, data.
     """
@@ -85,7 +90,9 @@ def tensor_digests(file: Path) -> list[list[Any]]:
 
             def sha(span: tuple[str, str, list[int], int, int]) -> str:
                 with memoryview(data) as whole, whole[start + span[3] : start + span[4]] as part:
-                    return hashlib.sha256(part).hexdigest()
+                    found = hashlib.sha256(part).hexdigest()
+                on_bytes(span[4] - span[3])
+                return found
 
             # hashlib releases the interpreter lock, so threads hash in parallel.
             with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from logitcask.engine.errors import ConfigError, StoreError
+from logitcask.engine.events import counted
 from logitcask.engine.packing.missing import check_planned, check_scored
 from logitcask.engine.packing.plan import (
     WINDOW_BYTES,
@@ -158,7 +159,8 @@ class PackSource:
     def lengths(self) -> list[Lengths]:
         """Return the lengths of every unit, by the ordinals of a plan."""
         found = []
-        for ordinal, indices in enumerate(self._ranges):
+        ranges = counted("read lengths", self._ranges, len(self._ranges), "segments")
+        for ordinal, indices in enumerate(ranges):
             segment = self.pairs[indices[0]][0]
             extent = self._store.read_extent(segment)
             reach = np.stack([self._reach(i, extent.response) for i in indices])

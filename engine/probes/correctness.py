@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from logitcask.engine.errors import ConfigError, IncompleteError
+from logitcask.engine.events import counted
 from logitcask.engine.exchange.positions import Block, blocks, select
 from logitcask.engine.probes.columns import column_of
 from logitcask.engine.probes.positions import MEASURES, common_k, row_values
@@ -77,7 +78,8 @@ def correctness_report(
     k = common_k(selection)
     number_of: dict[str, int] = {}
     found: list[tuple[Array, ...]] = []
-    for index in range(len(selection.segments)):
+    count = len(selection.segments)
+    for index in counted("read segments", range(count), count, "segments"):
         for block in blocks(store, selection, index):
             if block["reward"] is None:
                 raise IncompleteError(

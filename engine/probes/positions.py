@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from logitcask.engine.errors import IncompleteError
+from logitcask.engine.events import counted
 from logitcask.engine.exchange.positions import Block, Selection, blocks, select
 from logitcask.engine.probes.columns import (
     column_of,
@@ -101,7 +102,8 @@ def position_rows(
     selection = select(snapshot, rollouts=rollouts, teacher=teacher)
     k = common_k(selection)
     found: list[tuple[Array, Array, Array]] = []
-    for index in range(len(selection.segments)):
+    count = len(selection.segments)
+    for index in counted("read segments", range(count), count, "segments"):
         for block in blocks(store, selection, index):
             counts, values = row_values(block, k)
             position, version = (

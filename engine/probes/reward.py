@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from logitcask.engine.errors import ConfigError, IncompleteError
+from logitcask.engine.events import counted
 from logitcask.engine.exchange.positions import select
 from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.types import Array
@@ -61,7 +62,8 @@ def sequence_rewards(
     selection = select(snapshot, rollouts=rollouts, teacher=teacher)
     means, rewards, prompts = list[Array](), list[Array](), list[Array]()
     number_of: dict[str, int] = {}
-    for segment, score_segments in selection.segments:
+    pairs = selection.segments
+    for segment, score_segments in counted("read segments", pairs, len(pairs), "segments"):
         if not score_segments:
             raise IncompleteError(
                 f"rollouts {segment.seg_id} have no scores of {selection.teacher!r}",

@@ -7,6 +7,7 @@ from typing import Any
 
 from logitcask.engine.config.prompts import HUB, Columns
 from logitcask.engine.errors import PromptError
+from logitcask.engine.events import running_step
 from logitcask.engine.prompts.arrow import ROWS, choose_split, need, rows
 from logitcask.engine.prompts.lines import Texts
 
@@ -40,7 +41,15 @@ def open_hub(file: Path, columns: Columns, *, streaming: bool) -> tuple[Texts, M
         if streaming:
             splits = builder.as_streaming_dataset()
         else:
-            builder.download_and_prepare()
+            # One progress is enough.
+            shown = not datasets.utils.are_progress_bars_disabled()
+            datasets.utils.disable_progress_bars()
+            try:
+                with running_step(f"download {name}"):
+                    builder.download_and_prepare()
+            finally:
+                if shown:
+                    datasets.utils.enable_progress_bars()
             splits = builder.as_dataset()
     # The Hub, its files and their readers raise anything from OSError to bare Exception.
     except Exception as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from logitcask.engine.errors import LogitcaskError, ModelError, PromptError
-from logitcask.engine.events import EventHandler
+from logitcask.engine.events import EventHandler, counted
 from logitcask.engine.prompts.encode import Encoder
 from logitcask.engine.prompts.lines import FORM, Line, Turns
 from logitcask.engine.prompts.source import Source, no_file, open_source
@@ -109,7 +109,8 @@ def read_prompts(
     try:
         with closing(encoder):
             # A line after the limit is not read: it may be no prompt.
-            for line in islice(source.lines(), limit):
+            lines = islice(source.lines(), limit)
+            for line in counted(f"read {file.name}", lines, unit="prompts"):
                 if (name := line.id) in number_of:
                     line.refuse(
                         f'field "id": {name!r} is already the id of {line.unit} {number_of[name]}',

@@ -18,6 +18,7 @@ from pathlib import Path
 from logitcask.engine.commands.resolve import columns_of
 from logitcask.engine.config.recipes import PromptRecipe
 from logitcask.engine.errors import ConfigError, LogitcaskError, PromptError
+from logitcask.engine.events import counted
 from logitcask.engine.prompts.lines import Line
 from logitcask.engine.prompts.source import Source, no_file, open_source
 from logitcask.engine.prompts.teacher_context import Template
@@ -84,7 +85,8 @@ def run_prompt_recipe(file: Path, settings: PromptRecipe) -> PromptReport:
     try:
         with part.open("w", encoding="utf-8") as written:
             source = open_source(file, columns_of(settings))
-            for text in _kept(source, settings, fill, frame, reference, counts):
+            kept = _kept(source, settings, fill, frame, reference, counts)
+            for text in counted(f"write {settings.out.name}", kept, unit="prompts"):
                 written.write(text)
         if not counts.kept:
             raise PromptError(

@@ -7,6 +7,7 @@ import numpy as np
 
 import logitcask.engine.store.format.schema as schema
 from logitcask.engine.errors import ConfigError, IncompleteError, StoreError
+from logitcask.engine.events import counted
 from logitcask.engine.store.format.entry import Segment
 from logitcask.engine.store.format.layouts import kept_lists
 from logitcask.engine.store.format.ragged import starts
@@ -42,7 +43,8 @@ def summary(store: Store) -> dict[str, Any]:
 def _mean_rewards(store: Store, rollouts: Iterable[Segment]) -> dict[str, float]:
     """Return the mean over sequences for each name of rollouts with rewards."""
     found: dict[str, list[Array]] = {}
-    for segment in rollouts:
+    read = [*rollouts]
+    for segment in counted("read rewards", read, len(read), "segments"):
         if (reward := rewards_of(store, segment)) is not None and len(reward):
             found.setdefault(segment.name, []).append(reward)
     return {name: float(np.concatenate(each).mean(dtype=float)) for name, each in found.items()}
@@ -76,7 +78,8 @@ def bytes_per_position(snapshot: Snapshot) -> dict[str, float]:
 def list_segments(store: Store) -> list[dict[str, Any]]:
     """Return one mapping per segment of the newest snapshot, in the order of commits."""
     segments = store.head().segments
-    rewards = [rewards_of(store, segment) for segment in segments]
+    read = counted("read rewards", segments, len(segments), "segments")
+    rewards = [rewards_of(store, segment) for segment in read]
     return [
         {**row, "mean_reward": None if found is None or not len(found) else float(found.mean())}
         for row, found in zip(segment_rows(segments), rewards, strict=True)

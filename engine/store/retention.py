@@ -22,6 +22,7 @@ from typing import Any
 import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.log.claims as claims
 from logitcask.engine.errors import ConfigError, StoreError
+from logitcask.engine.events import counted
 from logitcask.engine.store.format.entry import Segment, path_of
 from logitcask.engine.store.log.log import Log
 from logitcask.engine.store.log.pending import is_done
@@ -206,9 +207,10 @@ def gc(store: Store, *, keep_days: float, lease_hours: float, dry_run: bool = Fa
         """Return the objects that no kept snapshot of the newest log has -> their bytes."""
         kept = _reached(store, since)
         named = {each.path for each in store.log.present()}
+        objects = _objects(store)
         return {
             content: size
-            for content, size in _objects(store).items()
+            for content, size in counted("read ages", objects.items(), len(objects), "objects")
             if path_of(*content) not in kept
             and content[2] <= store.log.generation(*content[:2])
             and (
@@ -238,7 +240,8 @@ def gc(store: Store, *, keep_days: float, lease_hours: float, dry_run: bool = Fa
         if is_done(store.log, name) or store.storage.touched_s(f"log/{name}") < born_before
     ]
     if not dry_run:
-        for name in [*(path_of(*content) for content in going), *left]:
+        names = [*(path_of(*content) for content in going), *left]
+        for name in counted("remove", names, len(names), "objects"):
             store.storage.remove(name)
     kept = _reached(store, since)
     return GCReport(

@@ -13,7 +13,7 @@ from torch import nn
 
 from logitcask.engine.config.sections import Run
 from logitcask.engine.config.training import Lora, Train
-from logitcask.engine.events import EventHandler, peak_memory
+from logitcask.engine.events import EventHandler, peak_memory, running_step
 from logitcask.engine.models.digests import sha256_of, write_json
 from logitcask.engine.models.identity import digest
 from logitcask.engine.models.load import quiet
@@ -180,7 +180,7 @@ def run_training(
             text, first = _text(folder, LEDGER), run_dir.first
             ledger = Ledger(run_dir.out / LEDGER, text, version=version, first=first)
             _train(student, spec, run_dir, metrics, ledger, resume_metadata, folder, step, progress)
-            with finishing(run_dir.out, spec.updates):
+            with finishing(run_dir.out, spec.updates), running_step(f"save {run_dir.out.name}"):
                 whole: nn.Module | None = student
                 if is_sharded(run_dir.args):
                     whole = whole_student(student, model, spec.lora, spec.run.seed)

@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 
 from logitcask.cli import progress
-from logitcask.cli.progress import FIRST_LINE_S, LINES_EVERY_S, NOUNS, Pace, duration, plain_lines
+from logitcask.cli.progress import (
+    FIRST_LINE_S,
+    LINES_EVERY_S,
+    NOUNS,
+    Bars,
+    Lines,
+    Pace,
+    duration,
+)
+from logitcask.engine.events import counted, download_bar, report_steps, running_step
 from logitcask.engine.types import Detail, unit_report
 from tests.cli.conftest import ROLL, SCORE, TRAIN, World
 
@@ -17,7 +26,8 @@ class Log:
     def __init__(self) -> None:
         self.now_s = 0.0
         self.lines: list[str] = []
-        self.progress = plain_lines(NOUNS, self.lines.append, clock=lambda: self.now_s)
+        self.shown = Lines(NOUNS, self.lines.append, clock=lambda: self.now_s)
+        self.progress = self.shown.report
 
 
 def test_a_line_shows_the_unit_its_rate_and_the_remaining_time() -> None:
@@ -60,13 +70,104 @@ def test_bars_show_the_same_text(
     monkeypatch.setenv("COLUMNS", "160")
     with progress._bars(NOUNS) as shown:
         for done in range(2):
-            report = unit_report(shown, "rollout", done, 2, 100 * done)
+            report = unit_report(shown.report, "rollout", done, 2, 100 * done)
             report(Detail(0, "0/4 sequences"))
             report(Detail(100, "4/4 sequences [x]", 0.75))
     err = capfd.readouterr().err
     assert re.search(
         r"rollout units .* 1/2 .* unit 2: 4/4 sequences \[x\], \S+ positions/s, 0 s", err
     )
+
+
+def test_a_stage_that_reports_nothing_is_shown_after_2_s() -> None:
+    log = Log()
+    log.progress("train", 0, 8)
+    log.now_s = 1.9
+    log.shown.refresh()
+    assert log.lines == []
+    for now_s in (2.0, 3.0, 31.9, 32.0):
+        log.now_s = now_s
+        log.shown.refresh()
+    assert log.lines == ["train: 0/8 updates, 2 s so far", "train: 0/8 updates, 32 s so far"]
+    log.progress("train", 8, 8)
+    log.now_s = 500.0
+    log.shown.refresh()
+    assert len(log.lines) == 3, "an ended stage is silent"
+
+
+def test_a_step_has_a_line_only_while_it_takes_over_2_s() -> None:
+    log = Log()
+    with report_steps(log.progress):
+        with running_step("load big"):
+            log.now_s = 1.0
+            log.shown.refresh()
+        with running_step("hash big", 4 << 30, "bytes") as hashing:
+            log.now_s = 4.0
+            hashing.add(3 << 30)
+        with pytest.raises(FileNotFoundError), running_step("load other"):
+            raise FileNotFoundError
+        for number in counted("read prompts.jsonl", range(9), unit="prompts"):
+            log.now_s += number == 7 and 40.0
+        log.progress("rollout", 0, 4)
+        with running_step("save student"):
+            log.now_s += 5
+            log.shown.refresh()
+        log.now_s += 5
+        log.shown.refresh()
+    assert log.lines == [
+        "hash big: 3.0 GiB/4.0 GiB, 1 s left",
+        "read prompts.jsonl: 8 prompts, 40 s so far",
+        "save student: 5 s so far",
+        "rollout: 0/4 units, 10 s so far",
+    ]
+
+
+def test_without_a_command_steps_report_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with running_step("load big") as step:
+        step.add()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_download_counts_the_bytes_on_the_disk_once(capfd: pytest.CaptureFixture[str]) -> None:
+    """Drive the bars as `snapshot_download` does: one of files, one of the network, one of bytes.
+
+    The total grows while files are found.
+    """
+    log = Log()
+    with report_steps(log.progress), running_step("download org/name", unit="bytes") as step:
+        kind = download_bar(step)
+        network = kind(total=0, unit="B", unit_scale=True, desc="Downloading bytes")
+        disk = kind(total=0, unit="B", unit_scale=True, desc="Reconstructing (incomplete total...)")
+        for _ in kind(range(3), desc="Fetching 3 files"):
+            log.now_s += 1
+            disk.total += 1 << 20
+            network.update(1 << 20)
+            disk.update(1 << 20)
+    assert log.lines == ["download org/name: 2.0 MiB/2.0 MiB, 2 s so far"]
+    assert step.done == 3 << 20
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_bar_of_a_step_appears_after_2_s_and_goes() -> None:
+    import io
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    now_s = 0.0
+    shown = Progress(console=Console(file=io.StringIO()))
+    bars = Bars(NOUNS, shown, clock=lambda: now_s)
+    with report_steps(bars.report):
+        with running_step("hash [red]\x1b", 100, "bytes") as step:
+            for now_s in (0.0, 1.9, 2.0):
+                step.add(20)
+                bars.refresh()
+                assert [task.visible for task in shown.tasks] == [now_s >= 2]
+            (task,) = shown.tasks
+            assert (task.completed, task.total) == (60, 100)
+            assert task.fields["count"] == "60 B/100 B"
+            assert task.description == "hash [red]\\x1b"
+        assert shown.tasks == []
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from transformers import AutoConfig
 
 from logitcask.engine.backends.returned import reject_answer
 from logitcask.engine.errors import ConfigError, ModelError
+from logitcask.engine.events import running_step
 from logitcask.engine.models.forward import NEVER, rope_switch
 from logitcask.engine.types import Array
 
@@ -81,16 +82,17 @@ class Engine:
             options |= {"enable_prefix_caching": False}
         self.purpose, self.version = purpose, str(vllm.__version__)
         try:
-            self.llm = vllm.LLM(
-                model=str(path),
-                dtype=str(dtype).removeprefix("torch."),
-                seed=0,
-                generation_config="vllm",
-                skip_tokenizer_init=purpose != "hidden",
-                trust_remote_code=False,
-                use_tqdm_on_load=False,
-                **options,
-            )
+            with running_step(f"start vLLM on {path.name}"):
+                self.llm = vllm.LLM(
+                    model=str(path),
+                    dtype=str(dtype).removeprefix("torch."),
+                    seed=0,
+                    generation_config="vllm",
+                    skip_tokenizer_init=purpose != "hidden",
+                    trust_remote_code=False,
+                    use_tqdm_on_load=False,
+                    **options,
+                )
         # vLLM raises ValueError, RuntimeError, OSError or an error of pydantic.
         except Exception as error:
             raise ModelError(
