@@ -16,7 +16,7 @@ from logitcask.engine.types import NO_DETAIL, Detail, Progress
 
 FIRST_LINE_S, LINES_EVERY_S = 2.0, 30.0
 REFRESH_EVERY_S = 0.5
-"""Seconds between two refreshes, for a stage that reports nothing, such as one that loads a model."""
+"""Seconds between two refreshes, for a stage that reports nothing meanwhile."""
 NOUNS = {
     "rollout": "units",
     "score": "units",

@@ -37,7 +37,7 @@ unless a description states another. `-h` and `--help` print help, `--version` t
 
 Results go to stdout, as text or with `--format json` as one JSON value; progress and messages go to
 stderr. Progress shows the running work unit, positions per second and the remaining time: as bars
-on a terminal, in a log file as a line after 5 s and then every 30 s. An error is two lines,
+on a terminal, in a log file as a line after 2 s and then every 30 s. An error is two lines,
 `error: CAUSE` and `hint: WAY OUT`.
 
 | exit code | meaning |
