@@ -1,0 +1,141 @@
+"""The chosen responses as columns of integers, and the header that names what they are."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from logitcask.engine.report.viewer.lists import Lists
+from logitcask.engine.report.viewer.pack import STEPS, quantised
+from logitcask.engine.report.viewer.rows import Rows
+from logitcask.engine.report.viewer.sources import Response
+from logitcask.engine.report.viewer.texts import TokenTexts
+from logitcask.engine.types import Array
+
+MOST_PROMPT = 512
+"""Tokens of a prompt that are shown, its last ones."""
+
+
+@dataclass(slots=True)
+class Columns:
+    """Columns that grow by the responses of one part at a time."""
+
+    numbers: dict[str, list[Array]] = field(default_factory=dict)
+    """Name -> pieces of uint8 or uint16."""
+    ids: dict[str, list[Array]] = field(default_factory=dict)
+    """Name -> pieces of uint64: the number of the tokenizer, then the id, 32 bits each."""
+    tokenizers: dict[str, tuple[int, TokenTexts]] = field(default_factory=dict)
+    """Digest -> its number and texts."""
+    teachers: dict[str, set[int]] = field(default_factory=dict)
+    """Name -> values of k of its overlaps."""
+    prompts: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)
+    """(source, id of the prompt) -> its entry in the header."""
+    sequences: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(
+        self,
+        source: int,
+        texts: TokenTexts,
+        responses: Sequence[Response],
+        prompts: Mapping[str, Sequence[int]],
+        rows: Rows,
+    ) -> None:
+        """Add responses of a part and their rows; prompts: id of each prompt -> its tokens."""
+        number, _ = self.tokenizers.setdefault(texts.digest, (len(self.tokenizers), texts))
+        for each in responses:
+            if (source, each.prompt) not in self.prompts:
+                self._add_prompt(source, each.prompt, prompts[each.prompt], number)
+            self.sequences.append(
+                {
+                    "source": source,
+                    "prompt": list(self.prompts).index((source, each.prompt)),
+                    "number": each.number,
+                    "length": each.end - each.start,
+                    "reward": each.reward,
+                    "finish": each.finish,
+                    "versions": each.versions,
+                    "mean_kl": each.mean_kl,
+                    "teachers": list(rows.teachers),
+                }
+            )
+        self._id("token", number, rows.tokens)
+        self._number("flags", rows.flags)
+        self._quantised("", rows.nats, rows.shares)
+        self._lists("student", number, rows.student)
+        for name, of in rows.teachers.items():
+            self.teachers.setdefault(name, set()).add(of.k)
+            at = list(self.teachers).index(name)
+            self._number(f"{at}.flags", of.flags)
+            self._quantised(f"{at}.", of.nats, of.shares)
+            self._number(f"{at}.at_student", quantised(-of.at_student, STEPS["log_probs"]))
+            self._lists(f"{at}.own", number, of.own)
+            self._number(f"{at}.own_log_p", quantised(-of.own_log_p, STEPS["log_probs"]))
+
+    def _add_prompt(self, source: int, name: str, tokens: Sequence[int], number: int) -> None:
+        shown = tokens[-MOST_PROMPT:]
+        self.prompts[source, name] = {
+            "id": name,
+            "length": len(shown),
+            "left_out": len(tokens) - len(shown),
+        }
+        self._id("prompt_token", number, np.asarray(shown, np.uint32))
+
+    def _number(self, name: str, values: Array) -> None:
+        self.numbers.setdefault(name, []).append(values)
+
+    def _id(self, name: str, number: int, ids: Array) -> None:
+        keys = ids.astype(np.uint64) | np.uint64(number << 32)
+        self.ids.setdefault(name, []).append(keys)
+
+    def _quantised(
+        self, prefix: str, nats: Mapping[str, Array], shares: Mapping[str, Array]
+    ) -> None:
+        for kind, columns in (("nats", nats), ("shares", shares)):
+            for name, values in columns.items():
+                self._number(prefix + name, quantised(values, STEPS[kind]))
+
+    def _lists(self, name: str, number: int, lists: Lists) -> None:
+        self._number(f"{name}_count", lists.counts.astype(np.uint8))
+        self._id(f"{name}_id", number, lists.ids)
+        self._number(f"{name}_log_prob", quantised(-lists.log_probs, STEPS["log_probs"]))
+
+    def finished(self) -> tuple[dict[str, Any], dict[str, Array]]:
+        """Return (header, columns); ids are indices into the header's `texts`."""
+        joined = {name: np.concatenate(each) for name, each in self.ids.items()}
+        keys, index, counts = np.unique(
+            np.concatenate(list(joined.values())), return_inverse=True, return_counts=True
+        )
+        # Frequent ids get small numbers, of which most bytes are 0.
+        order = np.argsort(-counts, kind="stable")
+        place = np.empty(len(order), np.uint16 if len(order) <= 0xFFFF else np.uint32)
+        place[order] = np.arange(len(order))
+        cuts = np.cumsum([len(each) for each in joined.values()])[:-1]
+        indices = dict(zip(joined, np.split(place[index], cuts), strict=True))
+        texts, raw = self._texts(keys[order])
+        header = {
+            "texts": texts,
+            "bytes": raw,
+            "prompts": list(self.prompts.values()),
+            "sequences": self.sequences,
+            "teachers": [
+                {"name": name, "k": sorted(ks - {0})} for name, ks in self.teachers.items()
+            ],
+            "steps": STEPS,
+        }
+        numbers = {name: np.concatenate(each) for name, each in self.numbers.items()}
+        return header, {**numbers, **indices}
+
+    def _texts(self, keys: Array) -> tuple[list[str], dict[int, str]]:
+        """Return the texts of all keys, and the bytes, as hex digits, of those without a text."""
+        texts, raw = [""] * len(keys), {}
+        numbers, ids = keys >> np.uint64(32), keys & np.uint64(0xFFFFFFFF)
+        for number, of in self.tokenizers.values():
+            places = np.flatnonzero(numbers == number)
+            for at, (text, digits) in zip(
+                places.tolist(), of.of(ids[places].tolist()), strict=True
+            ):
+                texts[at] = text
+                if digits:
+                    raw[at] = digits
+        return texts, raw

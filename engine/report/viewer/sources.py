@@ -1,0 +1,233 @@
+"""Stores as sources of the viewer: their responses, and the segments that are read.
+
+A page is made in seconds, also of a store of millions of positions: at most MOST_POSITIONS of a
+source are read, as whole segments that are spread over the versions of the student.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from logitcask.engine.errors import IncompleteError
+from logitcask.engine.exchange.positions import Block, Column, Selection, blocks, select
+from logitcask.engine.probes.columns import column_of, counted_rows, numbers_of
+from logitcask.engine.probes.positions import common_k
+from logitcask.engine.store import Segment, Snapshot, Store
+from logitcask.engine.store.format.ragged import starts
+
+MOST_POSITIONS = 131_072
+"""Response positions of a source that are read, about: about a second for each teacher."""
+MOST_TEACHERS = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """Rollouts of one run or store."""
+
+    name: str
+    """Of the run, as the page writes it."""
+    store: Store
+    snapshot: Snapshot
+    rollouts: str | None = None
+    """None = those with the most scored segments."""
+    teachers: tuple[str, ...] = ()
+    """The first MOST_TEACHERS are shown; () = all but base models, in the order of their names."""
+    folders: tuple[str, ...] = ()
+    """Folders that may hold the tokenizer, after that of the recorded student: the run's own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """All rows of a segment with the scores of a teacher."""
+
+    teacher: str
+    block: Block
+    k: int
+    """k of the overlap; 0 where the top-k of one side is not stored."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """One segment of a source, read."""
+
+    segment: Segment
+    rows: Block
+    """All rows; the columns of a teacher are those of scored[0]."""
+    scored: tuple[Scored, ...]
+    """One of each teacher that scored some position."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Response:
+    """One response of a source that can be chosen."""
+
+    part: int
+    start: int
+    end: int
+    """Its rows in the part."""
+    number: int
+    """As `store show --sequence` counts."""
+    prompt: str
+    reward: float | None
+    finish: str
+    versions: tuple[int, int]
+    """Of the student at its first and last token."""
+    mean_kl: float | None
+    """Mean of KL(p || q) over the rows that count, nats; None without scores."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """The part of a source that was read."""
+
+    source: Source
+    rollouts: str
+    parts: tuple[Part, ...]
+    responses: tuple[Response, ...]
+    """In the order of the store; those without a token are left out."""
+    segments: int
+    """Of these rollouts in the store."""
+
+
+def load(source: Source, most: int = MOST_POSITIONS) -> Loaded | None:
+    """Read a source; None where its snapshot has no rollouts.
+
+    Raises ConfigError for unknown names, IntegrityError for damage.
+    """
+    name = source.rollouts or _most_scored(source.snapshot)
+    if name is None:
+        return None
+    selections = _selections(source, name)
+    parts = tuple(_part(source.store, selections, index) for index in _spread(selections[0], most))
+    return Loaded(
+        source=source,
+        rollouts=name,
+        parts=parts,
+        responses=tuple(
+            each for number, part in enumerate(parts) for each in _responses(part, number)
+        ),
+        segments=len(selections[0].segments),
+    )
+
+
+def _most_scored(snapshot: Snapshot) -> str | None:
+    """Return the name of the rollouts with the most scored segments, the first among equals."""
+    scored = {each.base for each in snapshot.segments if each.kind == "score"}
+    names = snapshot.names("rollout")
+    counts = [sum(each.seg_id in scored for each in snapshot.rollouts(name)) for name in names]
+    return names[int(np.argmax(counts))] if names else None
+
+
+def _selections(source: Source, name: str) -> list[Selection]:
+    """Return one selection for each teacher that is shown, or one without a teacher."""
+    snapshot = source.snapshot
+    teachers = source.teachers or tuple(
+        each for each in snapshot.names("score") if snapshot.role(each) != "base"
+    )
+    of = {each.seg_id for each in snapshot.rollouts(name)}
+    with_scores = [each for each in teachers if of & snapshot.scores(each).keys()]
+    if with_scores:
+        return [
+            select(snapshot, rollouts=name, teacher=each) for each in with_scores[:MOST_TEACHERS]
+        ]
+    segments = snapshot.rollouts(name)
+    counts = np.asarray([each.counts["N"] for each in segments], np.int64)
+    return [
+        Selection(
+            rollouts=name,
+            teacher=None,
+            segments=tuple((each, ()) for each in segments),
+            first=tuple(starts(counts)[:-1].tolist()),
+        )
+    ]
+
+
+def _spread(selection: Selection, most: int) -> list[int]:
+    """Return the indices of segments of about `most` positions, spread from the first to the last.
+
+    Segments with scores come before others.
+    """
+    scored = [i for i, (_, scores) in enumerate(selection.segments) if scores]
+    candidates = scored or list(range(len(selection.segments)))
+    positions = sum(selection.segments[i][0].counts["P"] for i in candidates)
+    count = max(1, min(len(candidates), most * len(candidates) // max(1, positions)))
+    chosen = np.linspace(0, len(candidates) - 1, count) if count > 1 else [len(candidates) - 1]
+    return [candidates[int(i)] for i in np.unique(np.round(chosen).astype(int))]
+
+
+def _part(store: Store, selections: list[Selection], index: int) -> Part:
+    scored = [
+        Scored(
+            teacher=each.teacher,
+            block=_joined(list(blocks(store, each, index))),
+            k=_k_of(each, index),
+        )
+        for each in selections
+        if each.teacher is not None and each.segments[index][1]
+    ]
+    first = selections[0]
+    rows = scored[0].block if scored else _joined(list(blocks(store, first, index)))
+    return Part(segment=first.segments[index][0], rows=rows, scored=tuple(scored))
+
+
+def _k_of(selection: Selection, index: int) -> int:
+    """Return the k of one segment; 0 where the top-k of one side is not stored, which is no error:
+    the page then leaves the overlap out."""
+    try:
+        return common_k(replace(selection, segments=(selection.segments[index],)))
+    except IncompleteError:
+        return 0
+
+
+def _joined(parts: list[Block]) -> Block:
+    """Join the blocks of a segment."""
+    if len(parts) == 1:
+        return parts[0]
+    made: Block = {}
+    for name in parts[0]:
+        columns = [each[name] for each in parts]
+        known = [each for each in columns if each is not None]
+        made[name] = _concatenated(known) if len(known) == len(columns) else None
+    return made
+
+
+def _concatenated(columns: list[Column]) -> Column:
+    counts = [each.counts for each in columns if each.counts is not None]
+    valid = [each.valid for each in columns if each.valid is not None]
+    return Column(
+        np.concatenate([each.values for each in columns]),
+        np.concatenate(counts) if counts else None,
+        np.concatenate(valid) if valid else None,
+    )
+
+
+def _responses(part: Part, number: int) -> Iterator[Response]:
+    rows = part.rows
+    sequence = column_of(rows, "sequence")
+    if not len(sequence):
+        return
+    begins = np.flatnonzero(np.diff(sequence, prepend=-1))
+    ends = np.append(begins[1:], len(sequence))
+    means = np.full(len(begins), np.nan)
+    if part.scored:
+        kl = numbers_of(rows, "reverse_kl")
+        counted = counted_rows(rows) & ~np.isnan(kl)
+        total = np.add.reduceat(np.where(counted, kl, 0.0), begins)
+        count = np.add.reduceat(counted.astype(np.int64), begins)
+        np.divide(total, count, out=means, where=count > 0)
+    rewards = rows["reward"]
+    columns = ("sequence", "prompt", "finish_reason", "policy_version_start", "policy_version_end")
+    found = zip(*(column_of(rows, name)[begins].tolist() for name in columns), strict=True)
+    for i, (of, prompt, finish, start, end) in enumerate(found):
+        yield Response(
+            part=number,
+            start=int(begins[i]),
+            end=int(ends[i]),
+            number=of,
+            prompt=prompt,
+            reward=None if rewards is None else float(rewards.values[begins[i]]),
+            finish=finish,
+            versions=(start, end),
+            mean_kl=None if np.isnan(means[i]) else float(means[i]),
+        )

@@ -1,0 +1,115 @@
+"""Text of token ids, one by one, and the bytes of those that are a part of a character."""
+
+import os
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from logitcask.engine.errors import IdentityError, ModelError
+from logitcask.engine.models.identity import resolve_model, tokenizer_digest
+from logitcask.engine.prompts.prompts import load_tokenizer
+from logitcask.engine.report.viewer.sources import Source
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+"""A byte among the pieces of SentencePiece."""
+_SPACE = "\u2581"
+"""Its mark of a space, which decoding drops at the beginning of a text."""
+
+
+class TokenTexts:
+    """Texts of ids; without a tokenizer an id stands for its text."""
+
+    def __init__(self, tokenizer: Any = None, *, digest: str = "", note: str = "") -> None:
+        self._tokenizer = tokenizer
+        self.digest = digest
+        """Of the tokenizer; '' without one."""
+        self.note = note
+        """Why there is no text, or why it may not fit; '' = it is the rollouts' own."""
+
+    def of(self, ids: Sequence[int]) -> list[tuple[str, str]]:
+        """Return (text, bytes) of each id: bytes as hex digits, '' where the text is whole."""
+        if self._tokenizer is None:
+            return [(f"{each} ", "") for each in ids]
+        pieces = self._tokenizer.convert_ids_to_tokens(list(ids))
+        texts = self._tokenizer.batch_decode(
+            [[each] for each in ids], clean_up_tokenization_spaces=False
+        )
+        return [
+            _shown(each, piece, text) for each, piece, text in zip(ids, pieces, texts, strict=True)
+        ]
+
+
+def _shown(of: int, piece: str | None, text: str) -> tuple[str, str]:
+    if piece is None:  # the models have more ids than the tokenizer
+        return f"id {of}", ""
+    if "\ufffd" in text and (raw := _bytes_of(piece)) is not None:
+        try:
+            return raw.decode(), ""
+        except UnicodeDecodeError:
+            return "", raw.hex(" ").upper()
+    if piece.startswith(_SPACE) and not text.startswith(" "):
+        return f" {text}", ""
+    return text or piece, ""
+
+
+def _bytes_of(piece: str) -> bytes | None:
+    """Return the bytes of a piece of byte-level BPE or of a byte of SentencePiece; else None."""
+    if found := _BYTE.fullmatch(piece):
+        return bytes.fromhex(found[1])
+    table = _bytes_of_letters()
+    return bytes(table[each] for each in piece) if all(each in table for each in piece) else None
+
+
+@lru_cache(maxsize=1)
+def _bytes_of_letters() -> dict[str, int]:
+    """Return letter -> byte of byte-level BPE: printable bytes stand for themselves, the others
+    for the letters from 256 on (GPT-2, encoder.py, bytes_to_unicode)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [each for each in range(256) if each not in printable]
+    letters = {chr(each): each for each in printable}
+    return letters | {chr(256 + i): each for i, each in enumerate(others)}
+
+
+def token_texts(source: Source, rollouts: str, tokenizer: str = "") -> TokenTexts:
+    """Return the texts of a source: by `tokenizer`, a folder or hub id, else the recorded student's
+    or that of a folder of the source, if it has the recorded digest.
+
+    Raises IdentityError or ModelError for a `tokenizer` that is not that of the rollouts, or that
+    cannot be read. Without it a tokenizer that is not here is no error: the page shows ids.
+    """
+    of = source.snapshot.rollouts(rollouts)[0].provenance.get("student")
+    of = of if isinstance(of, dict) else {}
+    name, revision, digest = (str(of.get(key, "")) for key in ("name", "revision", "tokenizer"))
+    if tokenizer:
+        return _checked(resolve_model(tokenizer, weights=False), digest)
+    causes = []
+    for each in [name, *source.folders] if name else source.folders:
+        try:
+            own = revision if each == name else ""
+            path = resolve_model(each, own, weights=False, download=False)
+            return _checked(path, digest)
+        except (IdentityError, ModelError) as error:
+            causes.append(error.cause)
+    why = causes[0] if causes else "the store does not record its student's tokenizer"
+    return TokenTexts(note=f"ids stand for texts: {why}; give --tokenizer")
+
+
+def _checked(path: Path, digest: str) -> TokenTexts:
+    tokenizer, found = _load(str(path), os.stat(path).st_mtime_ns)
+    if digest and found != digest:
+        raise IdentityError(
+            f"the tokenizer of {path} is not that of these rollouts, {digest}",
+            hint="give the student's, a folder or hub id, with --tokenizer",
+        )
+    note = "" if digest else f"text by {path}: the store does not record its student's tokenizer"
+    return TokenTexts(tokenizer, digest=found, note=note)
+
+
+@lru_cache(maxsize=4)
+def _load(path: str, changed: int) -> tuple[Any, str]:
+    """Return (tokenizer, its digest); a live page asks again and again."""
+    del changed  # a part of the key
+    tokenizer = load_tokenizer(Path(path))
+    return tokenizer, tokenizer_digest(tokenizer)
