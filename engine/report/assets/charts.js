@@ -2,6 +2,7 @@
 // Lines and bars, on Observable Plot. Colours are CSS variables, so a theme needs no new drawing.
 
 const COLOURS = 8;
+const COMPACT = new Intl.NumberFormat("en-US", { notation: "compact", maximumSignificantDigits: 3 });
 const DASHES = ["", "6 3", "2 3", "9 3 2 3", "12 4", "2 6"];
 
 function colour(number) {
@@ -42,6 +43,35 @@ function limits(values) {
   return [low - room, high + room];
 }
 
+/** Marks of a logarithmic axis: powers of ten, with 2 and 5 on short ones and with gaps on long ones. */
+function logTicks(low, high, most) {
+  const [first, last] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))];
+  const parts = last - first <= 1 ? [1, 2, 5] : [1];
+  const step = Math.ceil((last - first + 1) / most);
+  return d3.range(first, last + 1).filter((power) => (power - first) % step === 0)
+    .flatMap((power) => parts.map((part) => Number(`${part}e${power}`)))
+    .filter((tick) => tick >= low * 0.999 && tick <= high * 1.001);
+}
+
+/** Options of the scale of one axis. `round` extends it to round numbers; `most` = how many marks. */
+function scaleOf(axis, unit, values, round, most) {
+  const label = { label: axisLabel(axis, unit.unit), labelArrow: "none" };
+  const scaled = values.map((value) => value * unit.factor).filter((value) => axis.form !== "log" || value > 0);
+  let [low, high] = d3.extent(scaled);
+  if (low === undefined) return { ...label, type: "linear", domain: [0, 1], ticks: [] };
+  if (axis.form === "log") {
+    if (round || low === high) [low, high] = [10 ** Math.floor(Math.log10(low)), 10 ** Math.ceil(Math.log10(high))];
+    if (low === high) high *= 10;
+    const tickFormat = (value) => (value < 1e-3 || value >= 1e5 ? value.toExponential(0) : formatNumber(value));
+    return { ...label, type: "log", domain: [low, high], ticks: logTicks(low, high, most), tickFormat };
+  }
+  // Between whole numbers there are no marks.
+  const whole = scaled.every(Number.isInteger) ? high - low : Infinity;
+  const size = Math.max(Math.abs(low), Math.abs(high));
+  const tickFormat = size >= 1e5 ? COMPACT.format : size && size < 1e-3 ? d3.format(".1~e") : undefined;
+  return { ...label, type: "linear", domain: limits(scaled), nice: round, ticks: Math.max(1, Math.min(whole, most)), tickFormat };
+}
+
 /** Names and looks of lines: runs differ in colour and quantities in dashes; one run has both. */
 function looksOf(panel, report) {
   const several = report.runs.length > 1;
@@ -49,13 +79,27 @@ function looksOf(panel, report) {
   return panel.series.map((series) => {
     const number = quantities.indexOf(series.of);
     const run = report.runs[series.run];
-    const name = quantities.length > 1 ? `${run} · ${series.of}` : run;
+    const quantity = series.of || panel.y.name;
     return {
-      name: several ? name : series.of,
+      name: !several ? quantity : quantities.length > 1 ? `${run} · ${quantity}` : run,
+      run, quantity,
       colour: colour(several ? series.run : number),
       dash: DASHES[number % DASHES.length],
     };
   });
+}
+
+/** The legend of lines; with several runs and quantities, colours and dashes on their own. */
+function linesLegend(looks, report) {
+  if (looks.length < 2 && report.runs.length < 2) return [];
+  const runs = unique(looks.map((look) => look.run));
+  const quantities = unique(looks.map((look) => look.quantity));
+  if (runs.length < 2 || quantities.length < 2) return [legend(looks)];
+  const dashes = quantities.map((name) => ({
+    name, colour: "currentColor", dash: looks.find((look) => look.quantity === name).dash,
+  }));
+  const colours = runs.map((name) => ({ name, colour: looks.find((look) => look.run === name).colour }));
+  return [legend(dashes), legend(colours)];
 }
 
 function drawLines(panel, report, width) {
@@ -66,7 +110,7 @@ function drawLines(panel, report, width) {
   const [x, y] = [unitOf(panel.x, places), unitOf(panel.y, numbers)];
   const value = (number, axis, unit) =>
     Number.isFinite(number) && (axis.form !== "log" || number > 0) ? number * unit.factor : NaN;
-  const marks = [Plot.gridY({ strokeOpacity: 0.12 })];
+  const marks = [];
   const rows = new Map();
   panel.series.forEach((series, number) => {
     const points = series.x.map((place, index) => ({
@@ -82,6 +126,7 @@ function drawLines(panel, report, width) {
     marks.push(Plot.lineY(points, { x: "x", y: "y", stroke, strokeWidth: 1.75, strokeDasharray: dash || undefined }));
     if (points.length <= 40) marks.push(Plot.dot(points, { x: "x", y: "y", fill: stroke, r: 2.5 }));
     points.forEach((point, index) => {
+      if (!Number.isFinite(point.x)) return;
       if (!rows.has(point.x)) rows.set(point.x, []);
       if (Number.isFinite(series.y[index])) {
         rows.get(point.x).push(`${looks[number].name}  ${formatValue(series.y[index], panel.y)}`);
@@ -92,23 +137,13 @@ function drawLines(panel, report, width) {
     `${panel.x.name} ${formatNumber(place)}${x.unit ? ` ${x.unit}` : ""}`, ...texts].join("\n") }));
   marks.push(
     Plot.ruleX(tips, Plot.pointerX({ x: "x", stroke: "currentColor", strokeOpacity: 0.4, maxRadius: 1e4 })),
-    Plot.tip(tips, Plot.pointerX({ x: "x", frameAnchor: "top", title: "text", maxRadius: 1e4, lineWidth: 30 })),
+    Plot.tip(tips, Plot.pointerX({ x: "x", frameAnchor: "top", title: "text", maxRadius: 1e4, lineWidth: 30, lineHeight: 1.25 })),
   );
-  const whole = places.every(Number.isInteger) ? d3.max(places) - d3.min(places) : Infinity;
-  const chart = plot(width, {
-    height: 240,
-    marginLeft: 52,
-    x: {
-      label: axisLabel(panel.x, x.unit), labelArrow: "none", type: panel.x.form === "log" ? "log" : "linear",
-      domain: limits(places.map((each) => each * x.factor)), ticks: Math.max(1, Math.min(whole, width / 80)),
-    },
-    y: {
-      label: axisLabel(panel.y, y.unit), labelArrow: "none", type: panel.y.form === "log" ? "log" : "linear",
-      domain: limits(numbers.map((each) => each * y.factor)), ticks: 5, nice: true,
-    },
-    marks,
-  });
-  const parts = looks.length > 1 || report.runs.length > 1 ? [legend(looks)] : [];
+  const scaleX = scaleOf(panel.x, x, places, false, Math.floor(width / (panel.x.form === "log" ? 50 : 80)));
+  const scaleY = scaleOf(panel.y, y, numbers, true, 6);
+  marks.unshift(Plot.gridY({ strokeOpacity: 0.12, ticks: scaleY.ticks }));
+  const chart = plot(width, { height: 240, marginLeft: 52, x: scaleX, y: scaleY, marks });
+  const parts = linesLegend(looks, report);
   const lost = panel.y.form === "log" ? numbers.filter((number) => number <= 0).length : 0;
   if (lost) parts.push(note(`${lost} values of 0 or less have no place on a logarithmic axis.`));
   return [chart, ...parts];
@@ -124,7 +159,8 @@ function drawBars(panel, report, width) {
   const grouped = groups.length > 1 || groups[0] !== "";
   const fill = (bar) => colour(groups.indexOf(bar.group));
   const chart = plot(width, {
-    height: 64 + 24 * names.length,
+    height: 48 + 24 * names.length,
+    marginTop: 6,
     marginLeft: room,
     marginRight: 76,
     x: { label: axisLabel(panel.value, unit), labelArrow: "none", ticks: Math.max(2, width / 160), nice: true },

@@ -15,6 +15,13 @@ function make(tag, properties = {}, ...children) {
   return node;
 }
 
+/** Nodes of a sentence; what is between backticks is code. */
+function prose(text) {
+  const parts = text.split("`");
+  if (parts.length % 2 === 0) return [text];
+  return parts.map((part, index) => (index % 2 ? make("code", { textContent: part }) : part));
+}
+
 /** Make an element of SVG. */
 function makeSvg(tag, attributes = {}, ...children) {
   const node = document.createElementNS("http://www.w3.org/2000/svg", tag);

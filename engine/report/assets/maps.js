@@ -38,7 +38,7 @@ function drawHeat(panel, report, width) {
     ],
   });
   chart.prepend(makeSvg("defs", {}, hatching(hatch)));
-  const parts = [chart];
+  const parts = [];
   if (known.length) parts.push(chart.legend("color", { width: Math.min(260, width), style: { fontSize: "12px", background: "transparent" } }));
   if (missing.length) {
     const own = `hatch-${hatches++}`;
@@ -46,7 +46,7 @@ function drawHeat(panel, report, width) {
       makeSvg("defs", {}, hatching(own)), makeSvg("rect", { width: 14, height: 10, fill: `url(#${own})` }));
     parts.push(make("ul", { className: "legend" }, make("li", {}, sample, make("span", { textContent: "no value" }))));
   }
-  return parts;
+  return [chart, make("div", { className: "row" }, ...parts)];
 }
 
 function hatching(id) {
@@ -62,7 +62,7 @@ function drawTimeline(panel, report, width, choices) {
   const [factor, unit] = end > 7200 ? [1 / 3600, "h"] : end > 300 ? [1 / 60, "min"] : [1, "s"];
   const room = Math.min(width * 0.35, 20 + 6.6 * (d3.max(lanes, (lane) => lane.length) ?? 1));
   const height = 56 + 34 * lanes.length;
-  const common = { height, marginTop: 12, y: { domain: lanes, label: null, padding: 0.25, axis: null } };
+  const common = { height, marginTop: 12, y: { domain: lanes, type: "band", label: null, padding: 0.25, axis: null } };
   const names = plot(room, {
     ...common, marginLeft: 0, marginRight: 0, x: { axis: null, domain: [0, 1] },
     marks: [Plot.text(lanes, {
@@ -77,8 +77,11 @@ function drawTimeline(panel, report, width, choices) {
     `${formatNumber(each.start)} s to ${formatNumber(each.end)} s: ${formatNumber(each.end - each.start)} s`,
   ].join("\n");
 
+  names.style.setProperty("--share", room);
+  scroller.style.setProperty("--share", width - room);
+
   function draw() {
-    const wide = (width - room) * choices.zoom;
+    const wide = (width - room) * (printing ? 1 : choices.zoom);
     scroller.replaceChildren(plot(wide, {
       ...common, marginLeft: 4,
       x: { label: `time since the beginning (${unit})`, labelArrow: "none", domain: [0, end * factor], ticks: wide / 90 },

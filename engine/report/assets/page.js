@@ -50,7 +50,7 @@ function drawSummary(data) {
     const [sign, name] = STATES[sentence.state];
     return make("li", { className: sentence.state },
       make("span", { className: "sign", ariaHidden: "true", textContent: sign }),
-      make("span", {}, ...(name ? [make("span", { className: "unseen", textContent: `${name}: ` })] : []), sentence.text));
+      make("span", {}, ...(name ? [make("span", { className: "unseen", textContent: `${name}: ` })] : []), ...prose(sentence.text)));
   }));
   place(section, [section.querySelector("h2"), list]);
   return section;
@@ -60,7 +60,7 @@ function drawSection(data, whole) {
   const section = sectionOf(data.id, data.title);
   const grid = section.querySelector(".grid") ?? make("div", { className: "grid" });
   place(grid, data.panels.map((panel) => panelOf(panel, whole)));
-  const absent = data.absent.map((each) => make("li", {}, make("strong", { textContent: each.title }), make("span", { textContent: ` ${each.why}` })));
+  const absent = data.absent.map((each) => make("li", {}, make("strong", { textContent: `${each.title}: ` }), make("span", {}, ...prose(each.why))));
   const parts = [section.querySelector("h2"), grid];
   if (absent.length) parts.push(make("div", { className: "absent" }, make("h3", { textContent: "Not shown" }), make("ul", {}, ...absent)));
   place(section, parts);

@@ -39,9 +39,18 @@ function drawWaiting() {
   document.documentElement.dataset.drawn = "all";
 }
 
+// Paper gets charts of its own size, and whole timelines.
+const PAPER = 680;
+let printing = false;
+
 window.addEventListener("beforeprint", () => {
-  for (const place of waiting) if (place.isConnected) place.draw();
+  printing = true;
   waiting.clear();
+  for (const place of document.querySelectorAll(".chart")) place.draw(PAPER);
+});
+window.addEventListener("afterprint", () => {
+  printing = false;
+  for (const place of document.querySelectorAll(".chart")) place.draw();
 });
 
 /**
@@ -53,10 +62,10 @@ function drawPanel(panel, report, choices = {}) {
   const place = make("div", { className: `chart chart-${panel.kind}` });
   const head = make("figcaption", {},
     make("h3", { id: title, textContent: panel.title }),
-    make("p", { className: "how", textContent: panel.how }));
+    make("p", { className: "how" }, ...prose(panel.how)));
   const figure = make("figure", { className: `panel panel-${panel.kind}`, id: `panel-${panel.id}`, "aria-labelledby": title }, head, place);
-  place.draw = () => {
-    const width = Math.max(240, Math.floor(place.clientWidth));
+  place.draw = (given = place.clientWidth) => {
+    const width = Math.max(240, Math.floor(given));
     place.drawnWidth = Math.floor(place.clientWidth);
     place.replaceChildren(...DRAW[panel.kind](panel, report, width, choices));
     const chart = place.querySelector("svg:not([aria-hidden])");

@@ -30,7 +30,7 @@ function drawTable(panel, report, width, choices) {
       const sign = choices.down ? -1 : 1;
       order.sort((a, b) => sign * compare(panel.rows[a][choices.column], panel.rows[b][choices.column], sign) || a - b);
     }
-    const shown = choices.all ? order : order.slice(0, FIRST_ROWS);
+    const shown = choices.all || printing ? order : order.slice(0, FIRST_ROWS);
     body.replaceChildren(...shown.map((row) => make("tr", {}, ...panel.rows[row].map(cell))));
     heads.forEach((head, index) => {
       head.ariaSort = choices.column !== index ? "none" : choices.down ? "descending" : "ascending";
@@ -45,7 +45,7 @@ function drawTable(panel, report, width, choices) {
     const text = formatValue(value, panel.columns[index]);
     // Digests and paths: cut by the style, so that a copy takes the whole.
     const long = text.length > 28 && !/\s/.test(text.slice(0, 28));
-    return long ? make("td", {}, make("span", { className: "long", title: text, textContent: text })) : make("td", { textContent: text });
+    return long ? make("td", {}, make("span", { className: "long", title: text, textContent: text })) : make("td", { className: text.length <= 20 ? "short" : "", textContent: text });
   }
 
   fill();
@@ -94,7 +94,7 @@ const NUMBERS = {
 /** The same numbers below a chart, made when they are opened. */
 function numbersOf(panel, report) {
   const inside = make("div");
-  const details = make("details", { className: "numbers" }, make("summary", { textContent: "Numbers" }), inside);
+  const details = make("details", { className: "numbers" }, make("summary", { textContent: "Table of the numbers" }), inside);
   details.addEventListener("toggle", () => {
     if (!details.open || inside.childElementCount) return;
     const found = NUMBERS[panel.kind](panel, report);
