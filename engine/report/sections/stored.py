@@ -53,24 +53,58 @@ class StoredRows:
 def stored_rows(facts: RunFacts, *, most: int = MOST_ROWS) -> StoredRows:
     """Choose evenly, by student version, as many scored segments as have about `most` positions.
 
-    The names are those of the run; of a store alone the rollouts and the teacher with the most
-    scores. Raises IncompleteError without a store or without scores of these names.
+    Raises as `stored_names`.
     """
+    pairs = _pairs(facts)
+    name, teacher = pairs[0]
+    store, snapshot = facts.store, facts.snapshot
+    assert store is not None, "a store with scores"
+    assert snapshot is not None, "of that store"
+    scores: dict[str, list[Segment]] = {}
+    for each in snapshot.segments:
+        if same_teacher(each, teacher):
+            scores.setdefault(each.base, []).append(each)
+    scored = [each for each in snapshot.rollouts(name) if each.seg_id in scores]
+    total = sum(each.counts["P"] for each in scored)
+    count = max(1, min(len(scored), round(len(scored) * most / max(1, total))))
+    places = np.linspace(0, len(scored) - 1, count).round().astype(int)
+    chosen = [scored[place] for place in places]
+    kept = tuple(
+        segment for base in chosen for segment in (base, *_newest(scores[base.seg_id], teacher))
+    )
+    return StoredRows(
+        store=store,
+        snapshot=Snapshot(number=snapshot.number, sha256=snapshot.sha256, state=Listed(kept)),
+        rollouts=name,
+        teacher=teacher,
+        several=sum(rolled == name for rolled, _ in pairs) > 1,
+        segments=len(chosen),
+        segments_scored=len(scored),
+    )
+
+
+def stored_names(facts: RunFacts) -> tuple[str, str]:
+    """Return the names of the rollouts and of the teacher that a report measures.
+
+    They are those of the run; of a store alone the rollouts and the teacher with the most scores.
+    Raises IncompleteError without a store or without scores of these names.
+    """
+    return _pairs(facts)[0]
+
+
+def _pairs(facts: RunFacts) -> list[tuple[str, str]]:
+    """Return (rollouts, teacher) that fit the run, those with the most scores first."""
     store, snapshot = facts.store, facts.snapshot
     if store is None or snapshot is None:
         raise IncompleteError(
             facts.store_missing or "there is no store", hint="make the report where the store is"
         )
     rollouts, teachers = names_of(facts.record)
-    scores: dict[tuple[str, str], list[Segment]] = {}
-    for each in snapshot.segments:
-        if each.kind == "score":
-            scores.setdefault((_REFRESH.sub("", each.name), each.base), []).append(each)
     sizes = Counter[tuple[str, str]]()
-    for (name, base), found in scores.items():
-        of = store.log.base(base)
-        if of is not None and snapshot.role(found[0].name) != "base":
-            sizes[of.name, name] += sum(each.rows for each in found)
+    for each in snapshot.segments:
+        of = store.log.base(each.base) if each.kind == "score" else None
+        if of is not None and snapshot.role(each.name) != "base":
+            sizes[of.name, _REFRESH.sub("", each.name)] += each.rows
     fitting = [
         (name, teacher)
         for (name, teacher), _ in sizes.most_common()
@@ -82,26 +116,12 @@ def stored_rows(facts: RunFacts, *, most: int = MOST_ROWS) -> StoredRows:
         raise IncompleteError(
             f"the store has no scores{what}{by}", hint="run `logitcask score` first"
         )
-    name, teacher = fitting[0]
-    scored = [s for s in snapshot.rollouts(name) if (teacher, s.seg_id) in scores]
-    total = sum(each.counts["P"] for each in scored)
-    count = max(1, min(len(scored), round(len(scored) * most / max(1, total))))
-    places = np.linspace(0, len(scored) - 1, count).round().astype(int)
-    chosen = [scored[place] for place in places]
-    kept = tuple(
-        segment
-        for base in chosen
-        for segment in (base, *_newest(scores[teacher, base.seg_id], teacher))
-    )
-    return StoredRows(
-        store=store,
-        snapshot=Snapshot(number=snapshot.number, sha256=snapshot.sha256, state=Listed(kept)),
-        rollouts=name,
-        teacher=teacher,
-        several=sum(rolled == name for rolled, _ in fitting) > 1,
-        segments=len(chosen),
-        segments_scored=len(scored),
-    )
+    return fitting
+
+
+def same_teacher(segment: Segment, teacher: str) -> bool:
+    """Return whether a segment has scores of a teacher, or of one of its refreshes."""
+    return segment.kind == "score" and _REFRESH.sub("", segment.name) == teacher
 
 
 def names_of(record: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
