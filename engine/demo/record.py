@@ -104,16 +104,19 @@ class DemoResult:
     out: Path
     fast: bool
     seed: int
+    report: Path
+    """HTML file."""
+    report_bytes: int
 
     def as_json(self) -> dict[str, Any]:
         """Return the measurements, seconds rounded to milliseconds."""
-        hidden = ("objective", "segments", "reused", "out", "fast", "seed")
+        hidden = ("objective", "segments", "reused", "out", "fast", "seed", "report")
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
         content["seconds"] = {stage: round(s, 3) for stage, s in self.seconds.items()}
         return content
 
     def as_text(self) -> str:
-        """Return a table, and the command of another objective."""
+        """Return a table, the command of another objective, and the path of the report."""
         accuracies = [f"{x:.1%}" for x in (self.student_before, self.student_after, self.teacher)]
         ratios = [f"{x:.3f}" for x in (self.overlap_ratio_before, self.overlap_ratio_after)]
         masses = [f"{x:.4f}" for x in (self.overlap_mass_before, self.overlap_mass_after)]
@@ -142,6 +145,8 @@ class DemoResult:
                 "another objective from the same store, without sampling or scoring: "
                 f"{shlex.join(self._next())}",
             ]
+        size = self.report_bytes / 1024
+        lines += ["", f"report: {self.report} ({size:,.0f} KiB); open it in a browser"]
         return "\n".join(lines)
 
     def _next(self) -> list[str]:

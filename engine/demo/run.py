@@ -5,6 +5,7 @@
         heldout.jsonl          prompts of the rollouts that overlap is measured on
         store                  rollouts `main` and `heldout` of the student, scores of `teacher`
         runs/OBJECTIVE         the student trained on `main`
+        report.html            the page of the newest run, with the others laid over it
         demo.json              settings, accuracies, and seconds of the finished stages
 
 Stages recorded in demo.json are not repeated: a second call with another objective pretrains,
@@ -41,8 +42,13 @@ from logitcask.engine.demo.pretrain import TaskPretrainer, pretrain_between, pre
 from logitcask.engine.demo.record import DemoResult, Record
 from logitcask.engine.demo.scale import FAST, FULL, Scale
 from logitcask.engine.demo.task import Task, write_prompts
+from logitcask.engine.events import running_step
+from logitcask.engine.models.digests import replace_text
 from logitcask.engine.models.identity import model_ref
 from logitcask.engine.objectives import parse_objective
+from logitcask.engine.report.build import build_report
+from logitcask.engine.report.page import page
+from logitcask.engine.report.runs import is_run
 from logitcask.engine.store import open_store
 from logitcask.engine.store.format.layouts import kept_lists
 from logitcask.engine.store.format.ragged import starts
@@ -219,11 +225,13 @@ class Demo:
         )
         with self.record.timing("train"):
             run_train(config, progress=self.progress)
-        with self.record.timing("evaluate"):
+        with self.record.timing("evaluate"), running_step("evaluate"):
             trained = HF(model_ref(str(folder), chat_template=False), device="cpu", dtype="float32")
             after = self._accuracy(trained.model)
             snapshot = open_store(self.out / "store").head()
             (ratio_before, mass_before), (ratio_after, mass_after) = self._overlaps(trained)
+        with self.record.timing("report"):
+            file = self.report(folder)
         before, teacher = self.record.accuracy["student"], self.record.accuracy["teacher"]
         return DemoResult(
             student_before=before,
@@ -243,7 +251,17 @@ class Demo:
             out=self.out,
             fast=self.fast,
             seed=self.seed,
+            report=file,
+            report_bytes=file.stat().st_size,
         )
+
+    def report(self, run: Path) -> Path:
+        """Write the report of a run, with the other runs of the folder laid over it."""
+        others = sorted(each for each in run.parent.iterdir() if is_run(each) and each != run)
+        file = self.out / "report.html"
+        with running_step("report"):
+            replace_text(file, page(build_report(run, others)))
+        return file
 
     def _overlaps(self, trained: HF) -> tuple[tuple[float, float], tuple[float, float]]:
         """Return (ratio, mass) before and after, on the same rows of `heldout`."""

@@ -30,6 +30,7 @@ KEYS = [
     "positions",
     "bytes_per_position",
     "seconds",
+    "report_bytes",
 ]
 
 
@@ -67,6 +68,7 @@ def test_json_has_these_keys_and_plain_numbers(first: DemoResult):
         "score",
         "train",
         "evaluate",
+        "report",
     }
     assert all(type(value) in (int, float) for key, value in content.items() if key != "seconds")
 
@@ -77,7 +79,17 @@ def test_table_has_the_same_numbers(first: DemoResult):
     assert f"{first.positions:,}" in text
     assert f"--out {first.out} --objective forward_kl --fast" in text
     full = replace(first, fast=False, seed=3, objective="forward_kl").as_text()
-    assert full.endswith(f"logitcask demo --out {first.out} --objective overlap --seed 3")
+    assert f"logitcask demo --out {first.out} --objective overlap --seed 3\n" in full
+
+
+def test_it_ends_with_the_path_of_the_report(first: DemoResult) -> None:
+    file = first.out / "report.html"
+    data = file.read_bytes()
+    end = f"report: {file} ({len(data) / 1024:,.0f} KiB); open it in a browser"
+    assert first.as_text().splitlines()[-1] == end
+    assert len(data) == first.report_bytes < 2_000_000
+    assert data.startswith(b"<!DOCTYPE html>")
+    assert first.seconds["report"] < first.seconds["train"]
 
 
 def test_store_is_whole_and_of_many_segments(first: DemoResult):
@@ -100,7 +112,7 @@ def test_another_objective_only_trains(first: DemoResult, monkeypatch: pytest.Mo
         monkeypatch.setattr(demo_run, stage, never)
     made = {f: f.stat().st_mtime_ns for f in (first.out / "store").rglob("*") if f.is_file()}
 
-    shown = shlex.split(first.as_text().rpartition("scoring: ")[2])
+    shown = shlex.split(first.as_text().rpartition("scoring: ")[2].splitlines()[0])
     assert shown.pop(0) == "logitcask"
     assert run(shown) == 0
     runs = {f: f.stat().st_mtime_ns for f in (first.out / "runs").rglob("*.safetensors")}
@@ -118,8 +130,10 @@ def test_another_objective_only_trains(first: DemoResult, monkeypatch: pytest.Mo
         f: f.stat().st_mtime_ns for f in (first.out / "store").rglob("*") if f.is_file()
     }
 
-    # Nor does the first objective train again.
+    # Nor does the first objective train again; its report has the other one too.
     third = run_demo(first.out, fast=True)
+    page = third.report.read_text()
+    assert '"runs":["overlap","forward_kl"]' in page
     assert third.student_after == first.student_after
     assert runs == {f: f.stat().st_mtime_ns for f in (first.out / "runs").rglob("*.safetensors")}
 
