@@ -18,7 +18,7 @@ from logitcask.engine.errors import LogitcaskError
 
 VERBS = (
     *("rollout", "import", "score", "tap", "train", "distill", "recipe", "ablate"),
-    *("objectives", "evaluate", "store", "probe", "doctor", "demo", "bench"),
+    *("objectives", "evaluate", "store", "probe", "report", "doctor", "demo", "bench"),
     "completion",
 )
 """In the order of the data. The module of a verb is cli/VERB.py, imported when it is used."""
@@ -35,6 +35,7 @@ OTHER_VERBS = {
     "store": "info ls show verify snapshot gc cache",
     "evaluate": "eval",
     "probe": "metrics",
+    "report": "html view dashboard plot",
     "doctor": "check",
 }
 """Verb -> other words for it, and the commands below it."""

@@ -83,6 +83,7 @@ VERBS = [
         "demo",
         "bench",
         "completion",
+        "report",
         "doctor",
         "doctor teacher",
         "probe correctness",

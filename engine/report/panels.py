@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+SEQUENCES = 200
+"""Rollouts in the token viewer of a page by default."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Axis:

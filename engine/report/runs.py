@@ -27,7 +27,7 @@ class RunFacts:
     name: str
     """Distinct among the runs of a report."""
     record: Mapping[str, Any]
-    """run.json."""
+    """run.json; empty for a store alone."""
     metrics: tuple[Mapping[str, Any], ...]
     """Lines of metrics.jsonl that are whole: a run that goes on may be in the middle of one."""
     ledger: tuple[Mapping[str, Any], ...] = ()
@@ -143,6 +143,15 @@ def open_run(path: str | Path) -> RunFacts:
         store=store,
         snapshot=snapshot,
         store_missing=missing,
+    )
+
+
+def store_alone(url: str | Path) -> RunFacts:
+    """Return a store as a run without a record. Raises the errors of an opening of a store."""
+    store = open_store(url)
+    name = str(url).rstrip("/").rpartition("/")[2] or str(url)
+    return RunFacts(
+        path=Path(name), name=name, record={}, metrics=(), store=store, snapshot=store.head()
     )
 
 

@@ -1,0 +1,89 @@
+"""`logitcask report`: one page of a run or a store, with everything that is known of it."""
+
+import time
+from pathlib import Path
+
+import rich_click as click
+
+from logitcask.cli.options import format_option
+from logitcask.cli.output import print_result
+from logitcask.engine.report.panels import SEQUENCES
+
+
+@click.command("report")
+@click.argument("target", metavar="RUN|STORE")
+@click.option(
+    "--compare",
+    multiple=True,
+    metavar="RUN",
+    help="Folder of a run, or of an ablation, that is laid over RUN; repeatable.",
+)
+@click.option(
+    "--probe",
+    "probes",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Output of `logitcask probe ... --format json` to show; repeatable.",
+)
+@click.option(
+    "--tokenizer",
+    default="",
+    metavar="FOLDER",
+    help="Tokenizer that shows tokens as text. [default: that of the student]",
+)
+@click.option(
+    "--sequences",
+    type=click.IntRange(min=0),
+    default=SEQUENCES,
+    show_default=True,
+    help="Rollouts in the token viewer, at most; 200 keep a page under 2 MB.",
+)
+@click.option(
+    "--eval-teacher-accuracy",
+    "teacher_accuracy",
+    type=click.FloatRange(0, 1),
+    help="The teacher's mean reward on the prompts of the evaluation, for the share of the gap "
+    "that the student closed.",
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("report.html"),
+    show_default=True,
+    help="File of the page; a report that is there is replaced.",
+)
+@format_option
+def report_command(
+    target: str,
+    compare: tuple[str, ...],
+    probes: tuple[Path, ...],
+    tokenizer: str,
+    sequences: int,
+    teacher_accuracy: float | None,
+    out: Path,
+    form: str,
+) -> None:
+    """Make one HTML page of a run or a store: what was run, what it learned, and its tokens.
+
+    RUN is the folder of a training, a loop or an ablation, finished or not, and STORE a folder or
+    a URL. The page needs no network and no other file. No model is loaded.
+
+    Example: logitcask report ./run -o report.html
+    """
+    from logitcask.engine.report.build import build_report
+    from logitcask.engine.report.write import check_place, write_page
+
+    check_place(out)
+    begun_s = time.monotonic()
+    report = build_report(
+        target,
+        compare,
+        probes=probes,
+        tokenizer=tokenizer,
+        sequences=sequences,
+        teacher_accuracy=teacher_accuracy,
+    )
+    size = write_page(out, report)
+    print_result({"page": out, "bytes": size, "seconds": time.monotonic() - begun_s}, form)
