@@ -20,7 +20,8 @@ LOAD = {
 
 @click.command("completion")
 @click.argument("shell", type=click.Choice(list(LOAD)))
-def completion_command(shell: str) -> None:
+@click.pass_context
+def completion_command(ctx: click.Context, shell: str) -> None:
     """Print the script that completes commands in a shell.
 
     It completes verbs, flags, choices, objectives, recipes, graders and paths. The first lines of
@@ -30,8 +31,7 @@ def completion_command(shell: str) -> None:
     """
     kind = get_completion_class(shell)
     assert kind is not None, "click has all of LOAD"
-    cli = click.get_current_context().find_root().command
-    script = kind(cli, {}, PROGRAM, f"_{PROGRAM.upper()}_COMPLETE").source()
+    script = kind(ctx.find_root().command, {}, PROGRAM, f"_{PROGRAM.upper()}_COMPLETE").source()
     # zsh reads the first line of the script, "#compdef", where it is loaded from a file.
     click.echo(f"{script.strip()}\n\n# To load it in every new shell:\n#   {LOAD[shell]}")
 

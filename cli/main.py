@@ -17,6 +17,7 @@ from logitcask.engine.config.parse.other_names import suggest
 from logitcask.engine.errors import LogitcaskError
 
 VERBS = (
+    "init",
     *("rollout", "import", "score", "tap", "train", "distill", "recipe", "ablate"),
     *("objectives", "evaluate", "store", "probe", "report", "doctor", "demo", "bench"),
     "completion",
@@ -24,6 +25,7 @@ VERBS = (
 """In the order of the data. The module of a verb is cli/VERB.py, imported when it is used."""
 
 OTHER_VERBS = {
+    "init": "new quickstart",
     "rollout": "generate sample",
     "import": "convert adopt load",
     "score": "label logprobs teacher",

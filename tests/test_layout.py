@@ -22,7 +22,8 @@ LAYERS = [
     *("backends", "backends/vllm", "backends/server", "teachers"),
     *("rollout", "score", "packing", "metrics", "objectives"),
     *("exchange", "estimate", "probes", "tap", "training", "integrations"),
-    *("workers", "workers/ray", "commands", "distill", "recipes", "ablate_table", "ablate"),
+    *("workers", "workers/ray", "commands", "distill", "recipes", "init"),
+    *("ablate_table", "ablate"),
     *("report/panels", "report/runs", "report/sections", "report/viewer", "report", "demo"),
 ]
 
@@ -86,6 +87,7 @@ VERBS = [
         "report",
         "doctor",
         "doctor teacher",
+        "init",
         "probe correctness",
         "probe drift",
         "probe k",

@@ -17,7 +17,8 @@ class LoopTeacher(Teacher):
 
     model: str = Field(
         "",
-        description="Teacher, as for score; left out with teacher.follow, for it is the student.",
+        description=f"{Teacher.model_fields['model'].description} Left out with teacher.follow, "
+        "for it is the student.",
     )
     follow: Literal["", "student", "ema"] = Field(
         "",

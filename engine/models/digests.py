@@ -50,7 +50,7 @@ def _sha256_of(body: Mapping[str, Any]) -> str:
 def replace_text(path: Path, text: str) -> None:
     """Replace a file by `text` atomically and durably."""
     staged = path.with_name(f".{path.name}.new")
-    with staged.open("w") as file:
+    with staged.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -37,6 +37,23 @@ def check_recipe(
     source = "the recipe" if path is None else str(path)
     config = validate(RunConfig, with_stand_ins(values, missing), source=source)
     config = resolve_paths(config, Path.cwd() if path is None else path.parent)
+    check_settings(config, on_event)
+    if missing:
+        training_arguments(config.train, config.run)
+        on_event(f"note: give {', '.join(missing)} in a file CONFIG, or with --set")
+    elif elsewhere := _elsewhere(config):
+        training_arguments(config.train, config.run)
+        on_event(f"note: not looked at, as it is not on this machine: {', '.join(elsewhere)}")
+    else:
+        prove(config, on_event)
+    return config, missing
+
+
+def check_settings(config: RunConfig, on_event: EventHandler = lambda line: None) -> None:
+    """Check the keys of a loop whose models are not looked at; its exactness goes to `on_event`.
+
+    Raises ConfigError and ObjectiveError.
+    """
     check_keys(config)
     if config.runner.kind == "inline":
         check_inline(config)
@@ -48,15 +65,6 @@ def check_recipe(
     )
     for line in report.lines():
         on_event(line)
-    if missing:
-        training_arguments(config.train, config.run)
-        on_event(f"note: give {', '.join(missing)} in a file CONFIG, or with --set")
-    elif elsewhere := _elsewhere(config):
-        training_arguments(config.train, config.run)
-        on_event(f"note: not looked at, as it is not on this machine: {', '.join(elsewhere)}")
-    else:
-        prove(config, on_event)
-    return config, missing
 
 
 def _elsewhere(config: RunConfig) -> list[str]:

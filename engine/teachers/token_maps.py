@@ -7,6 +7,7 @@ response, the chosen ids, or the teacher's likely ids.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -114,20 +115,42 @@ def shared_vocabulary(
             hint="give the folder or hub id of the student that sampled, or of its tokenizer",
         )
     theirs = load_tokenizer(teacher.path)
-    return compare_maps(_by_id(ours), _by_id(theirs), student["tokenizer"], teacher)
+    return compare_maps(
+        _by_id(ours),
+        _by_id(theirs),
+        student["tokenizer"],
+        teacher.tokenizer_digest,
+        name=teacher.name,
+    )
+
+
+def compare_folders(student: Path, teacher: Path, name: str) -> SharedVocabulary | None:
+    """Compare the tokenizers of two model folders, before weights are read; None if all ids agree.
+
+    name: of the teacher. Raises ModelError for a folder without a tokenizer, and as
+    `compare_maps`.
+    """
+    ours, theirs = load_tokenizer(student), load_tokenizer(teacher)
+    ours_digest, theirs_digest = tokenizer_digest(ours), tokenizer_digest(theirs)
+    if ours_digest == theirs_digest:
+        return None
+    return compare_maps(_by_id(ours), _by_id(theirs), ours_digest, theirs_digest, name=name)
 
 
 def compare_maps(
-    ours: Mapping[int, str], theirs: Mapping[int, str], student: str, teacher: ModelRef
+    ours: Mapping[int, str], theirs: Mapping[int, str], student: str, teacher: str, *, name: str
 ) -> SharedVocabulary:
-    """Compare {id: token} of student and teacher; student: digest of its tokenizer."""
+    """Compare {id: token} of student and teacher.
+
+    student, teacher: digests of their tokenizers; name: of the teacher. Raises IdentityError if
+    they agree on less than half of all ids.
+    """
     both = ours.keys() & theirs.keys()
     same = [i for i in both if ours[i] == theirs[i]]
     every = ours.keys() | theirs.keys()
     if 2 * len(same) < len(every):
         raise IdentityError(
-            f"the student's tokenizer and that of {teacher.name} agree on {len(same)} of "
-            f"{len(every)} ids",
+            f"the student's tokenizer and that of {name} agree on {len(same)} of {len(every)} ids",
             hint="take a teacher with the student's tokenizer; there is no override: ids would "
             "mean other tokens",
         )
@@ -138,7 +161,7 @@ def compare_maps(
         theirs={i: theirs.get(i, "") for i in differing},
         ours={i: ours.get(i, "") for i in differing},
         student=student,
-        teacher=teacher.tokenizer_digest,
+        teacher=teacher,
     )
 
 

@@ -35,7 +35,7 @@ USAGE = [
     Case("flag of vLLM", "rollout --max-tokens 3", 2, "-tokens", "is --max-new-tokens here"),
     Case("flag of verl", "train --kl x", 2, "--kl", "--kl is --objective here"),
     Case("verb of others", "generate", 2, "generate is rollout here", "logitcask --help"),
-    Case("no verb at all", "xyz", 2, "known: rollout, import, score", "logitcask --help"),
+    Case("no verb at all", "xyz", 2, "known: init, rollout, import", "logitcask --help"),
     Case("flag of all", "--nothing", 2, "--nothing", "logitcask --help"),
     Case("missing", "score --store x --teacher t", 2, "--model", "logitcask score --help"),
     Case("not a number", f"{ROLL} OUT --n x", 2, "'x' is not a valid integer", "rollout --help"),

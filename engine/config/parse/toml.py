@@ -152,8 +152,9 @@ def to_toml(config: Section, missing: Container[str] = ()) -> str:
 def toml_value(value: Any) -> str:
     """Return a value of JSON as TOML, which differs in its tables alone."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(k)} = {toml_value(v)}" for k, v in value.items()) + "}"
-    return json.dumps(value)
+        return "{" + ", ".join(f"{toml_value(k)} = {toml_value(v)}" for k, v in value.items()) + "}"
+    # TOML takes no escapes of halves of a character, and no DEL as it is.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _override(values: dict[str, Any], text: str) -> None:
