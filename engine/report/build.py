@@ -1,17 +1,23 @@
 """A report of a run, of several, or of a store: its sections, built by each call."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from logitcask.engine.errors import ConfigError
+from logitcask.engine.errors import ConfigError, StoreError
 from logitcask.engine.report.panels import SEQUENCES, Report, Section, Sentence
 from logitcask.engine.report.runs import RunFacts, find_runs, open_runs, store_alone
 from logitcask.engine.report.sections.dynamics import dynamics
 from logitcask.engine.report.sections.positions import positions_section
 from logitcask.engine.report.sections.provenance import provenance
+from logitcask.engine.report.sections.sizes import store_section
+from logitcask.engine.report.sections.stored import names_of
 from logitcask.engine.report.sections.summary import summary
+from logitcask.engine.report.sections.timeline import timeline_section
+from logitcask.engine.report.viewer.data import viewer_data
+from logitcask.engine.report.viewer.sources import Source
 
 MOST_RUNS = 12
 """Runs that are laid over each other; more colours look alike."""
@@ -45,6 +51,7 @@ def build_report(
         )
     paths = [*own, *others]
     runs = open_runs(paths[:MOST_RUNS]) if paths else (store_alone(target),)
+    viewer, not_shown = _viewer(runs, tokenizer, sequences)
     return Report(
         title=runs[0].name if len(own) < 2 else Path(target).resolve().name,
         made=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -53,15 +60,55 @@ def build_report(
         summary=(
             *summary(runs, teacher_accuracy=teacher_accuracy),
             *_left_out(len(paths) - len(runs)),
+            *not_shown,
         ),
         sections=_sections(runs),
+        viewer=viewer,
     )
 
 
 def _sections(runs: Sequence[RunFacts]) -> tuple[Section, ...]:
     """Return the sections in the order of the page."""
     learned = (dynamics(runs),) if runs[0].record else ()
-    return (*learned, positions_section(runs), provenance(runs))
+    return (
+        *learned,
+        positions_section(runs),
+        store_section(runs),
+        timeline_section(runs),
+        provenance(runs),
+    )
+
+
+def _viewer(
+    runs: Sequence[RunFacts], tokenizer: str, sequences: int
+) -> tuple[Mapping[str, Any] | None, tuple[Sentence, ...]]:
+    """Return the data of the token viewer, or the reason why there is none."""
+    if not sequences:
+        return None, ()
+    sources = [source for run in runs if (source := _source(run)) is not None]
+    try:
+        return viewer_data(sources, tokenizer=tokenizer, sequences=sequences), ()
+    except StoreError as error:  # a damaged segment, or one that gc has just removed
+        text = f"The token viewer is not shown: {error.cause}."
+        return None, (Sentence(text=text, state="warning"),)
+
+
+def _source(run: RunFacts) -> Source | None:
+    """Return the rollouts and scores that a run read; None where its store has none of them yet."""
+    if run.store is None or run.snapshot is None:
+        return None
+    rollouts, teachers = names_of(run.record)
+    if rollouts and rollouts not in run.snapshot.names("rollout"):
+        return None
+    scored = {*run.snapshot.names("score")}
+    return Source(
+        name=run.name,
+        store=run.store,
+        snapshot=run.snapshot,
+        rollouts=rollouts or None,
+        teachers=tuple(each for each in teachers if each in scored),
+        folders=(str(run.path),) if run.record else (),
+    )
 
 
 def _left_out(count: int) -> tuple[Sentence, ...]:

@@ -210,7 +210,7 @@ def stored(run: RunFacts) -> Iterator[Sentence]:
             f"{sum(s.counts['P'] for s in sampled):,} positions"
             f"{_names(snapshot.names('rollout'))}, and scores by "
             f"{' and '.join(snapshot.names('score')) or 'no teacher'}, in "
-            f"{sum(s.size for s in segments):,} bytes of {len(segments):,} segments."
+            f"{_bytes(sum(s.size for s in segments))} of {len(segments):,} segments."
         )
     scored = {s.base for s in segments if s.kind == "score"}
     if missing := sum(s.seg_id not in scored for s in sampled):
@@ -258,6 +258,12 @@ def _state(direction: int) -> str:
 
 def _names(names: Sequence[str]) -> str:
     return f" ({', '.join(names)})" if names else ""
+
+
+def _bytes(count: float) -> str:
+    """Return bytes as text, in powers of 1000."""
+    power = min(4, int(math.log10(max(count, 1)) // 3))
+    return f"{count / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def duration(seconds: float) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from logitcask.engine.report.panels import SEQUENCES
 from logitcask.engine.report.viewer.choose import choose
 from logitcask.engine.report.viewer.columns import Columns
 from logitcask.engine.report.viewer.measures import MEASURES
@@ -14,7 +15,6 @@ from logitcask.engine.report.viewer.rows import CUTS, Cut, rows_of
 from logitcask.engine.report.viewer.sources import Loaded, Response, Source, load
 from logitcask.engine.report.viewer.texts import TokenTexts, token_texts
 
-SEQUENCES = 200
 MOST_BYTES = 1_150_000
 """Of the packed text: a page of 2 MB also holds its scripts and its panels."""
 FORMAT = 1
