@@ -4,7 +4,7 @@ A loop of several processes writes a timeline (engine/workers/timeline.py). Of o
 the times of commits, those of the models for each segment of scores, and the lines of training.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -101,9 +101,9 @@ def _seconds(facts: RunFacts) -> list[Bar]:
     return [*bars, Bar(name="train", group="update", value=total - wait)]
 
 
-def seconds_by_kind(spans: Iterable[Span]) -> Counter[tuple[str, str]]:
+def seconds_by_kind(spans: Iterable[Span]) -> dict[tuple[str, str], float]:
     """Return (lane, kind) -> seconds; work inside of a wait, such as a load, is no waiting."""
-    found = Counter[tuple[str, str]]()
+    found: dict[tuple[str, str], float] = defaultdict(float)
     waiting_in: dict[str, Span] = {}
     for each in sorted(spans, key=lambda span: span.start):
         if each.end is None:
@@ -168,7 +168,7 @@ def _demo(facts: RunFacts) -> Mapping[str, float]:
     names = {"teacher": "train the demo's teacher", "student": "train the demo's student"}
     if not isinstance(found, dict) or not all(type(each) is float for each in found.values()):
         raise IntegrityError(f"{file} has no seconds of stages", hint="run `logitcask demo` again")
-    return {names.get(stage, stage): value for stage, value in found.items()}
+    return {names.get(stage, str(stage)): value for stage, value in found.items()}
 
 
 def _of_spans(spans: Sequence[Span], runs_on: bool) -> Timeline:
