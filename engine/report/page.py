@@ -14,11 +14,13 @@ ASSETS = Path(__file__).parent / "assets"
 MARK = b'<meta name="generator" content="logitcask report">'
 """In the first 500 bytes of every page, so that no other file is replaced by one."""
 
-STYLES = ("page.css",)
+STYLES = ("page.css", "viewer/viewer.css")
 
 SCRIPTS = (
     *("vendor/d3.min.js", "vendor/plot.min.js"),
-    *("format.js", "charts.js", "maps.js", "tables.js", "panels.js", "page.js"),
+    *("format.js", "charts.js", "maps.js", "tables.js", "panels.js"),
+    *(f"viewer/{name}.js" for name in ("data", "text", "detail", "list", "controls", "viewer")),
+    "page.js",
 )
 """In the order in which they run; they share globals, the last one draws the page."""
 

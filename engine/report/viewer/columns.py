@@ -124,7 +124,8 @@ class Columns:
             "steps": STEPS,
         }
         numbers = {name: np.concatenate(each) for name, each in self.numbers.items()}
-        return header, {**numbers, **indices}
+        ids = (keys[order] & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+        return header, {**numbers, **indices, "text_id": ids}
 
     def _texts(self, keys: Array) -> tuple[list[str], dict[int, str]]:
         """Return the texts of all keys, and the bytes, as hex digits, of those without a text."""
