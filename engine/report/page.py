@@ -46,7 +46,6 @@ def page(report: Report, *, live: str = "") -> str:
     ]
     parts = {
         "policy": "; ".join(policy),
-        "title": html.escape(report.title),
         "live": html.escape(live),
         "style": "\n".join(_asset(name, "</style") for name in STYLES),
         "data": report_json(report),

@@ -21,6 +21,9 @@ from logitcask.engine.report.panels import (
 
 STEP = Axis(name="step")
 
+NO_VALUE = "\N{EN DASH}"
+"""What a page writes where there is no value."""
+
 
 def lines(text: str = "loss", **changes: object) -> Lines:
     """Return two lines of five points; the second has a gap and a band."""
@@ -122,3 +125,9 @@ def report(text: str = "loss", *, runs: tuple[str, ...] = ("first",)) -> Report:
             Section(id="timings", title="Timings", panels=every[3:]),
         ),
     )
+
+
+def with_panels(*made: Panel, runs: tuple[str, ...] = ("first",)) -> Report:
+    """Return a report with one section of these panels."""
+    sections = (Section(id="dynamics", title="Dynamics", panels=made),)
+    return replace(report(runs=runs), sections=sections)

@@ -53,6 +53,16 @@ window.addEventListener("afterprint", () => {
   for (const place of document.querySelectorAll(".chart")) place.draw();
 });
 
+/** Name a chart as one picture; the names that Plot gives to its parts are not for readers. */
+function nameChart(chart, title) {
+  for (const part of chart.querySelectorAll("[aria-label]")) {
+    part.dataset.mark = part.getAttribute("aria-label");
+    part.removeAttribute("aria-label");
+  }
+  chart.setAttribute("role", "img");
+  chart.setAttribute("aria-label", `${title}. The numbers are in the table below the chart.`);
+}
+
 /**
  * Make the figure of a panel. It draws itself once it is in the page. `choices` is what the reader
  * chose in it (order of a table, zoom of a timeline), which the next figure may take over.
@@ -68,11 +78,7 @@ function drawPanel(panel, report, choices = {}) {
     const width = Math.max(240, Math.floor(given));
     place.drawnWidth = Math.floor(place.clientWidth);
     place.replaceChildren(...DRAW[panel.kind](panel, report, width, choices));
-    const chart = place.querySelector("svg:not([aria-hidden])");
-    if (chart && panel.kind !== "table") {
-      chart.setAttribute("role", "img");
-      chart.setAttribute("aria-label", `${panel.title}. The numbers are in the table below the chart.`);
-    }
+    if (panel.kind !== "table") nameChart(place.querySelector("svg:not([aria-hidden])"), panel.title);
   };
   if (panel.kind !== "table") figure.append(numbersOf(panel, report));
   places.observe(place);

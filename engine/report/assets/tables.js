@@ -2,15 +2,16 @@
 // Tables: those that are panels, and the ones below charts that hold the same numbers.
 
 const FIRST_ROWS = 30;
+const NO_NUMBERS = ["NaN", "Infinity", "-Infinity"]; // as page.py writes them
 const MOST_POINTS = 200;
 
 /** A table of text and numbers that sorts by a click on the head of a column. */
 function drawTable(panel, report, width, choices) {
   const units = panel.columns.map((column, index) =>
     unitOf(column, panel.rows.map((row) => Math.abs(row[index])).filter(Number.isFinite)));
-  // A column of numbers may have gaps; one with any text is text.
-  const numeric = panel.columns.map((_, index) =>
-    panel.rows.every((row) => row[index] === null || typeof row[index] === "number"));
+  // A column of numbers may have gaps and what JSON has no number for; one with any text is text.
+  const numeric = panel.columns.map((_, index) => panel.rows.every((row) =>
+    row[index] === null || typeof row[index] === "number" || NO_NUMBERS.includes(row[index])));
   const body = make("tbody");
   const heads = panel.columns.map((column, index) => make("th",
     { scope: "col", className: numeric[index] ? "number" : "" },
@@ -41,7 +42,10 @@ function drawTable(panel, report, width, choices) {
 
   function cell(value, index) {
     if (value === null) return make("td", { className: numeric[index] ? "number" : "", textContent: NO_VALUE });
-    if (numeric[index]) return make("td", { className: "number", textContent: formatNumber(value * units[index].factor) });
+    if (numeric[index]) {
+      const text = typeof value === "number" ? formatNumber(value * units[index].factor) : value;
+      return make("td", { className: "number", textContent: text });
+    }
     const text = formatValue(value, panel.columns[index]);
     // Digests and paths: cut by the style, so that a copy takes the whole.
     const long = text.length > 28 && !/\s/.test(text.slice(0, 28));
