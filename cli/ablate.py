@@ -50,6 +50,6 @@ def ablate_command(
     if form == "json":
         print_result(report, form)
         return
-    print_table(table(report), form)
+    print_table(table(report.rows), form)
     for line in footnotes(report):
         click.echo(line)

@@ -98,14 +98,14 @@ def saved_seconds(passes: Sequence[Passes]) -> float | None:
     return sum(known) if len(known) == len(passes) else None
 
 
-def table(report: AblateReport) -> list[dict[str, str]]:
+def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Return the rows as text, mean ± spread; without the columns that are empty everywhere."""
     names = [
         name
-        for name in report.rows[0]
-        if not name.endswith("_sd") and any(each[name] not in (None, "") for each in report.rows)
+        for name in rows[0]
+        if not name.endswith("_sd") and any(each[name] not in (None, "") for each in rows)
     ]
-    return [{n: _cell(each[n], each.get(f"{n}_sd")) for n in names} for each in report.rows]
+    return [{n: _cell(each[n], each.get(f"{n}_sd")) for n in names} for each in rows]
 
 
 def _cell(value: Any, spread: float | None) -> str:
@@ -133,7 +133,7 @@ def footnotes(report: AblateReport) -> list[str]:
 
 def markdown(report: AblateReport) -> str:
     """Return table and footnotes as Markdown."""
-    cells = table(report)
+    cells = table(report.rows)
     lines = [list(cells[0]), ["---"] * len(cells[0]), *(list(each.values()) for each in cells)]
     rows = "".join("| " + " | ".join(line) + " |\n" for line in lines)
     return rows + "\n" + "".join(f"- {note}\n" for note in footnotes(report))

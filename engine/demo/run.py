@@ -12,7 +12,9 @@ Stages recorded in demo.json are not repeated: a second call with another object
 samples and scores nothing. Everything runs on the CPU in float32.
 """
 
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -48,11 +50,12 @@ from logitcask.engine.models.identity import model_ref
 from logitcask.engine.objectives import parse_objective
 from logitcask.engine.report.build import build_report
 from logitcask.engine.report.page import page
-from logitcask.engine.report.runs import is_run
+from logitcask.engine.report.runs import TEACHER_ACCURACY, is_run
 from logitcask.engine.store import open_store
 from logitcask.engine.store.format.layouts import kept_lists
 from logitcask.engine.store.format.ragged import starts
 from logitcask.engine.store.inspect import bytes_per_position
+from logitcask.engine.training.run_dir.files import EVALUATIONS
 from logitcask.engine.types import Array, Progress, ScoreParams, no_progress
 
 Top = tuple[Array, Array]
@@ -224,15 +227,16 @@ class Demo:
             run=self.run.model_copy(update={"out": folder}),
         )
         with self.record.timing("train"):
-            run_train(config, progress=self.progress)
+            trained_run = run_train(config, progress=self.progress)
         with self.record.timing("evaluate"), running_step("evaluate"):
             trained = HF(model_ref(str(folder), chat_template=False), device="cpu", dtype="float32")
             after = self._accuracy(trained.model)
             snapshot = open_store(self.out / "store").head()
             (ratio_before, mass_before), (ratio_after, mass_after) = self._overlaps(trained)
+        before, teacher = self.record.accuracy["student"], self.record.accuracy["teacher"]
+        self._note_accuracy(folder, {0: before, trained_run.updates: after})
         with self.record.timing("report"):
             file = self.report(folder)
-        before, teacher = self.record.accuracy["student"], self.record.accuracy["teacher"]
         return DemoResult(
             student_before=before,
             student_after=after,
@@ -254,6 +258,26 @@ class Demo:
             report=file,
             report_bytes=file.stat().st_size,
         )
+
+    def _note_accuracy(self, run: Path, accuracy: Mapping[int, float]) -> None:
+        """Write evaluations.jsonl of a run: update -> share of problems solved, greedily.
+
+        The standard error is that of a share of n independent problems, sqrt(x (1 - x) / n).
+        """
+        n = self.scale.evaluation
+        lines = [
+            {
+                "version": update,
+                "progress/step": update,
+                "eval/prompts": n,
+                "eval/n": 1,
+                "eval/accuracy": share,
+                "eval/accuracy_se": math.sqrt(share * (1 - share) / n),
+                TEACHER_ACCURACY: self.record.accuracy["teacher"],
+            }
+            for update, share in accuracy.items()
+        ]
+        replace_text(run / EVALUATIONS, "".join(json.dumps(line) + "\n" for line in lines))
 
     def report(self, run: Path) -> Path:
         """Write the report of a run, with the other runs of the folder laid over it."""

@@ -9,7 +9,9 @@ from typing import Any
 from logitcask.engine.errors import ConfigError, StoreError
 from logitcask.engine.report.panels import SEQUENCES, Report, Section, Sentence
 from logitcask.engine.report.runs import RunFacts, find_runs, open_runs, store_alone
+from logitcask.engine.report.sections.ablation import ablation_section
 from logitcask.engine.report.sections.dynamics import dynamics
+from logitcask.engine.report.sections.errors import errors_section
 from logitcask.engine.report.sections.positions import positions_section
 from logitcask.engine.report.sections.provenance import provenance
 from logitcask.engine.report.sections.sizes import store_section
@@ -58,11 +60,14 @@ def build_report(
         version=version("logitcask"),
         runs=tuple(run.name for run in runs if run.record),
         summary=(
-            *summary(runs, teacher_accuracy=teacher_accuracy),
+            *summary(runs, own=max(1, len(own)), teacher_accuracy=teacher_accuracy),
             *_left_out(len(paths) - len(runs)),
             *not_shown,
         ),
-        sections=_sections(runs),
+        sections=(
+            *((ablation_section(Path(target)),) if len(own) > 1 else ()),
+            *_sections(runs),
+        ),
         viewer=viewer,
     )
 
@@ -75,6 +80,7 @@ def _sections(runs: Sequence[RunFacts]) -> tuple[Section, ...]:
         positions_section(runs),
         store_section(runs),
         timeline_section(runs),
+        errors_section(runs),
         provenance(runs),
     )
 

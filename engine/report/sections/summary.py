@@ -24,34 +24,37 @@ COLLAPSED = 0.5
 
 
 def summary(
-    runs: Sequence[RunFacts], *, teacher_accuracy: float | None = None
+    runs: Sequence[RunFacts], *, own: int = 1, teacher_accuracy: float | None = None
 ) -> tuple[Sentence, ...]:
-    """Return the sentences on the first run, one on each other, and those on the store.
+    """Return the sentences on the first run, those on its store, and on the runs after the `own`.
 
-    A store alone is a run with an empty record. teacher_accuracy: the teacher's mean reward on the
-    prompts of the evaluation, where no line has it.
+    A store alone is a run with an empty record. own: runs of an ablation, which have a table;
+    teacher_accuracy: the teacher's mean reward on the prompts of the evaluation, where no line has
+    it.
     """
     first = runs[0]
     found: list[Sentence] = []
     if first.record:
-        found += _what(first)
-        found += accuracy(first, teacher_accuracy)
+        name = first.name if len(runs) > 1 else ""
+        found += _what(first, name)
+        found += accuracy(first, teacher_accuracy, name)
         found += learned(first)
         found += trouble(first)
     found += stored(first)
-    for other in runs[1:]:
-        found += [*_what(other), *accuracy(other, teacher_accuracy)]
+    for other in runs[own:]:
+        found += [*_what(other, other.name), *accuracy(other, teacher_accuracy, other.name)]
     return tuple(found)
 
 
-def _what(run: RunFacts) -> Iterator[Sentence]:
+def _what(run: RunFacts, name: str = "") -> Iterator[Sentence]:
     last = run.updates[-1] if run.updates else {}
-    student = Path(str((run.config.get("student") or {}).get("model") or run.name)).name
+    student = Path(str((run.config.get("student") or {}).get("model") or "")).name
     teachers = names_of(run.record)[1]
-    objective = run.record.get("preset") or "an objective without a name"
-    text = f"{run.name}: student {student}, trained by {objective}"
-    text += f" on the scores of {' and '.join(teachers)}" if teachers else ""
-    planned = f" of {run.planned:,}" if run.planned else ""
+    text = f"{name}: the student" if name else "The student"
+    text += f" {student!r}" if student else ""
+    text += f" was trained by {run.record.get('preset') or 'an objective without a name'}"
+    text += f" on the scores of {' and '.join(map(repr, teachers))}" if teachers else ""
+    planned = f" of {run.planned:,}" if run.planned and run.planned != run.done else ""
     text += f": {run.done:,}{planned} updates"
     if positions := last.get("progress/positions"):
         text += f" on {positions:,} response positions"
@@ -60,8 +63,12 @@ def _what(run: RunFacts) -> Iterator[Sentence]:
     yield Sentence(text=f"{text}.")
 
 
-def accuracy(run: RunFacts, teacher: float | None = None) -> Iterator[Sentence]:
-    """Yield the accuracy before and after, and the share of the gap to the teacher."""
+def accuracy(run: RunFacts, teacher: float | None = None, name: str = "") -> Iterator[Sentence]:
+    """Yield the accuracy before and after, and the share of the gap to the teacher.
+
+    name: of the run, in a report of several.
+    """
+    subject = f"{name}: accuracy" if name else "Accuracy"
     key = "eval/avg_at_n"
     lines = [line for line in run.evaluated if line.get(key) is not None]
     if not lines:
@@ -75,14 +82,14 @@ def accuracy(run: RunFacts, teacher: float | None = None) -> Iterator[Sentence]:
     of_teacher = f" (teacher {goal:.1%})" if goal is not None else ""
     if step_of(first) == step_of(last):
         yield Sentence(
-            text=f"Accuracy is {last[key]:.1%} after {step_of(last):,} updates{of_teacher}."
+            text=f"{subject} is {last[key]:.1%} after {step_of(last):,} updates{of_teacher}."
         )
         return
     errors = [line[f"{key}_se"] for line in (first, last) if line.get(f"{key}_se") is not None]
     error = math.hypot(*errors) if len(errors) == 2 else None
     both = Change(before=first[key], after=last[key], window=1, error=error)
     verb = {1: "rose", -1: "fell", 0: "went"}[both.direction]
-    text = f"Accuracy {verb} from {both.before:.1%} to {both.after:.1%}{of_teacher}"
+    text = f"{subject} {verb} from {both.before:.1%} to {both.after:.1%}{of_teacher}"
     if error is None:
         text += "; its standard error is not known"
     elif not both.direction:
@@ -176,7 +183,7 @@ def trouble(run: RunFacts) -> Iterator[Sentence]:
     last = {key: value for line in run.updates for key, value in line.items() if value is not None}
     if (preset := preset_of(run)) is not None:
         for text in warnings(preset.objective, last):
-            yield Sentence(text=f"{text[0].upper()}{text[1:]}.", state="warning")
+            yield Sentence(text=f"In the last logged update {text}.", state="warning")
     if oldest := max((line["age"][2] for line in run.ledger if "age" in line), default=0):
         count = f"{oldest:,} {'update' if oldest == 1 else 'updates'}"
         means = "" if preset is None else f": {preset.staleness}"

@@ -1,6 +1,7 @@
 """Evaluation during a training: its versions as they appear, each once.
 
-OUT/evaluations.jsonl   a line for each evaluated version: version, progress/step and eval/ entries
+OUT/evaluations.jsonl   a line for each evaluated version: version, progress/step and eval/ entries;
+                        eval/teacher_accuracy where that of the teacher is known
 OUT/.evaluator/         of the process that evaluates: a lock, and the versions that it wants
 
 A trainer never waits for an evaluation, and removes versions that no sampler needs. It keeps those

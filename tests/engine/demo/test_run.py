@@ -14,6 +14,7 @@ from logitcask.cli.main import run
 from logitcask.engine.demo import DemoResult, run_demo
 from logitcask.engine.demo import run as demo_run
 from logitcask.engine.errors import ConfigError, ObjectiveError
+from logitcask.engine.report.build import build_report
 from logitcask.engine.store import open_store
 from logitcask.engine.store.verify import verify
 from logitcask.engine.types import Scores
@@ -56,6 +57,14 @@ def test_the_student_comes_closer_to_its_teacher(first: DemoResult):
     assert first.gap_recovery == (first.student_after - first.student_before) / gap
     assert 0 < first.overlap_ratio_before < 1
     assert first.overlap_mass_after > first.overlap_mass_before > 0.9
+
+
+def test_the_report_states_the_share_of_the_gap(first: DemoResult):
+    report = build_report(first.out / "runs" / first.objective)
+    closed = f"the student closed {first.gap_recovery:.0%} of the gap to the teacher"
+    (sentence,) = (each.text for each in report.summary if "Accuracy" in each.text)
+    assert closed in sentence
+    assert f"from {first.student_before:.1%} to {first.student_after:.1%}" in sentence
 
 
 def test_json_has_these_keys_and_plain_numbers(first: DemoResult):
