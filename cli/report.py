@@ -6,8 +6,9 @@ from pathlib import Path
 import rich_click as click
 
 from logitcask.cli.options import format_option
-from logitcask.cli.output import print_result
-from logitcask.engine.report.panels import SEQUENCES
+from logitcask.cli.output import print_event, print_result
+from logitcask.cli.worker import stop_at_sigterm
+from logitcask.engine.report.panels import SEQUENCES, Report
 
 
 @click.command("report")
@@ -54,6 +55,26 @@ from logitcask.engine.report.panels import SEQUENCES
     show_default=True,
     help="File of the page; a report that is there is replaced.",
 )
+@click.option(
+    "--to",
+    "tracker",
+    type=click.Choice(["wandb", "mlflow", "trackio", "tensorboard"]),
+    help="Tracker that gets the page too, as an artefact of the run; tensorboard gets the summary "
+    "as text. A run that was trained with it gets it, else a new one of its name.",
+)
+@click.option(
+    "--serve",
+    is_flag=True,
+    help="Serve the page on 127.0.0.1 in place of writing it, and keep it up to date while the "
+    "run goes on. The URL has a random token.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    show_default=True,
+    help="Port of --serve; 0 = a free one.",
+)
 @format_option
 def report_command(
     target: str,
@@ -63,27 +84,51 @@ def report_command(
     sequences: int,
     teacher_accuracy: float | None,
     out: Path,
+    tracker: str | None,
+    serve: bool,
+    port: int,
     form: str,
 ) -> None:
     """Make one HTML page of a run or a store: what was run, what it learned, and its tokens.
 
     RUN is the folder of a training, a loop or an ablation, finished or not, and STORE a folder or
-    a URL. The page needs no network and no other file. No model is loaded.
+    a URL. The page needs no network and no other file. No model is loaded. With --serve SIGTERM and
+    Ctrl-C end it.
 
     Example: logitcask report ./run -o report.html
     """
     from logitcask.engine.report.build import build_report
+
+    if serve and tracker:
+        raise click.UsageError("--serve and --to: a live page is never sent; give one of them")
+
+    def build() -> Report:
+        return build_report(
+            target,
+            compare,
+            probes=probes,
+            tokenizer=tokenizer,
+            sequences=sequences,
+            teacher_accuracy=teacher_accuracy,
+        )
+
+    if serve:
+        from logitcask.engine.report.serve import serve as serve_report
+
+        with stop_at_sigterm() as stop:
+            serve_report(build, [target, *compare], stop=stop, port=port, on_event=print_event)
+        return
     from logitcask.engine.report.write import check_place, write_page
 
     check_place(out)
+    if tracker:
+        from logitcask.engine.report.trackers import check_tracker, send_report
+
+        check_tracker(tracker, target)
     begun_s = time.monotonic()
-    report = build_report(
-        target,
-        compare,
-        probes=probes,
-        tokenizer=tokenizer,
-        sequences=sequences,
-        teacher_accuracy=teacher_accuracy,
-    )
+    report = build()
     size = write_page(out, report)
-    print_result({"page": out, "bytes": size, "seconds": time.monotonic() - begun_s}, form)
+    values = {"page": out, "bytes": size, "seconds": time.monotonic() - begun_s}
+    if tracker:
+        values["sent"] = send_report(report, target, tracker)
+    print_result(values, form)

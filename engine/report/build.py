@@ -12,9 +12,11 @@ from logitcask.engine.report.runs import RunFacts, find_runs, open_runs, store_a
 from logitcask.engine.report.sections.ablation import ablation_section
 from logitcask.engine.report.sections.dynamics import dynamics
 from logitcask.engine.report.sections.errors import errors_section
+from logitcask.engine.report.sections.live import live_section
 from logitcask.engine.report.sections.positions import positions_section
 from logitcask.engine.report.sections.provenance import provenance
 from logitcask.engine.report.sections.sizes import store_section
+from logitcask.engine.report.sections.state import FINISHED, run_state
 from logitcask.engine.report.sections.stored import names_of
 from logitcask.engine.report.sections.summary import summary
 from logitcask.engine.report.sections.timeline import timeline_section
@@ -74,8 +76,12 @@ def build_report(
 
 def _sections(runs: Sequence[RunFacts]) -> tuple[Section, ...]:
     """Return the sections in the order of the page."""
-    learned = (dynamics(runs),) if runs[0].record else ()
+    first = runs[0]
+    goes_on = first.record and run_state(first.path).name != FINISHED
+    now = (live_section(first),) if goes_on else ()
+    learned = (dynamics(runs),) if first.record else ()
     return (
+        *now,
         *learned,
         positions_section(runs),
         store_section(runs),

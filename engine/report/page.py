@@ -24,8 +24,8 @@ SCRIPTS = (
 )
 """In the order in which they run; they share globals, the last one draws the page."""
 
-LIVE_SCRIPTS: tuple[str, ...] = ()
-"""Scripts that only a page with `live` has; they run after the page is drawn."""
+LIVE_STYLES, LIVE_SCRIPTS = ("live.css",), ("live.js",)
+"""Of a page with `live` alone; the scripts run after the page is drawn."""
 
 
 def page(report: Report, *, live: str = "") -> str:
@@ -36,6 +36,7 @@ def page(report: Report, *, live: str = "") -> str:
     """
     nonce = secrets.token_urlsafe(16)
     names = (*SCRIPTS, *(LIVE_SCRIPTS if live else ()))
+    styles = (*STYLES, *(LIVE_STYLES if live else ()))
     policy = [
         "default-src 'none'",
         "style-src 'unsafe-inline'",
@@ -47,7 +48,7 @@ def page(report: Report, *, live: str = "") -> str:
     parts = {
         "policy": "; ".join(policy),
         "live": html.escape(live),
-        "style": "\n".join(_asset(name, "</style") for name in STYLES),
+        "style": "\n".join(_asset(name, "</style") for name in styles),
         "data": report_json(report),
         "scripts": "\n".join(
             f'<script nonce="{nonce}">\n{_asset(name, "</script")}\n</script>' for name in names

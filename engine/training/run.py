@@ -294,7 +294,7 @@ def _train(
             progress=progress,
         )
         trainer.add_callback(evaluation)
-    with ended_runs(trackers):
+    with ended_runs(trackers, run_dir.out):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.write_ledger()
     if evaluation:

@@ -17,7 +17,9 @@ function refresh(data) {
   document.title = data.title;
   byId("title").textContent = data.title;
   byId("facts").textContent = `Made ${data.made.replace("T", " ").replace(/(\.\d+)?(Z|\+00:00)$/, " UTC")} with logitcask ${data.version}`;
-  byId("foot").textContent = "Everything on this page is in this file; it fetches nothing.";
+  byId("foot").textContent = document.documentElement.dataset.live
+    ? "This page asks its own server on this machine for news, and fetches nothing else."
+    : "Everything on this page is in this file; it fetches nothing.";
   byId("runs").replaceChildren(...(data.runs.length > 1 ? data.runs.map((name, number) =>
     make("li", {}, make("span", { className: "dot", style: `background:${colour(number)}`, ariaHidden: "true" }), make("span", { textContent: name }))) : []));
   const sections = data.sections.map((section) => drawSection(section, data));

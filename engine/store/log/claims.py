@@ -54,6 +54,18 @@ class Failure:
     """The last _TRACEBACK characters of it."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClaimedUnit:
+    """A unit that a worker claims, as a reader sees it."""
+
+    unit_key: str
+    worker: str
+    """'' where the claim is incomplete."""
+    renewals: int
+    renewed: float
+    """Time of the newest fence, seconds since 1970 by the storage's clock."""
+
+
 class Claims:
     """The claims of a store as one worker sees them."""
 
@@ -115,6 +127,29 @@ class Claim:
         """Remove the claim, but no newer fence of another worker."""
         for fence in self._fences:
             self._storage.remove(_name(CLAIMS, self._unit, fence))
+
+
+def claimed_units(storage: Storage) -> list[ClaimedUnit]:
+    """Return the claims of all workers, the newest first; those of dead workers too."""
+    found = []
+    for unit, fences in _listed(storage, CLAIMS).items():
+        name = _name(CLAIMS, unit, fences[-1])
+        body, renewed = storage.read(name, MAX_NOTE_BYTES), storage.touched_s(name)
+        if body is None or not renewed:
+            continue  # released meanwhile
+        try:
+            worker = json.loads(body)["worker"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            worker = ""  # a power cut may have torn it
+        found.append(
+            ClaimedUnit(
+                unit_key=f"sha256:{unit}",
+                worker=worker if isinstance(worker, str) else "",
+                renewals=fences[-1],
+                renewed=renewed,
+            )
+        )
+    return sorted(found, key=lambda each: -each.renewed)
 
 
 def forget_claims(storage: Storage, worker: str) -> None:

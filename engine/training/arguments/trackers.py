@@ -4,6 +4,7 @@ TensorBoard writes to OUT/tensorboard, or where TENSORBOARD_LOGGING_DIR says. Th
 settings of their own, in the environment: WANDB_MODE=offline, MLFLOW_TRACKING_URI, and so on.
 """
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,8 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils as module
 
 from logitcask.engine.errors import ConfigError
-from logitcask.engine.training.run_dir.files import TENSORBOARD
+from logitcask.engine.models.digests import replace_text
+from logitcask.engine.training.run_dir.files import TENSORBOARD, TRACKERS, writing
 
 integration_utils: Any = module
 WANDB = "wandb"
@@ -76,8 +78,11 @@ def own_names() -> Iterator[None]:
 
 
 @contextmanager
-def ended_runs(report_to: Sequence[str]) -> Iterator[None]:
-    """End the W&B run that a training begins, so that the next of this process has its own."""
+def ended_runs(report_to: Sequence[str], out: Path) -> Iterator[None]:
+    """End the W&B run that a training begins, so that the next of this process has its own.
+
+    Its identity is noted in the folder `out`, for what later adds to it.
+    """
     if WANDB not in report_to:
         yield
         return
@@ -90,5 +95,9 @@ def ended_runs(report_to: Sequence[str]) -> Iterator[None]:
         if earlier is None:
             wandb.finish(exit_code=1)
         raise
+    if (run := wandb.run) is not None:
+        own = {"entity": run.entity, "project": run.project, "id": run.id}
+        with writing(out / TRACKERS):
+            replace_text(out / TRACKERS, json.dumps({WANDB: own}, indent=1) + "\n")
     if earlier is None:
         wandb.finish()

@@ -6,6 +6,7 @@ OUT/  model, tokenizer, logitcask.json   the result; logitcask.json is written l
       ledger.jsonl    one line per update: the segments that made it
       checkpoints/    see checkpoints.py
       tensorboard/    event files, with report_to = tensorboard
+      trackers.json   the run of a tracker that got the metrics: `logitcask report --to` adds to it
       versions/       of a loop: versions of the student and its averages, see distill/versions.py
       teacher.json    of such a loop: the facts of its teacher
       logs/           of such a loop: output of its processes
@@ -42,7 +43,7 @@ from logitcask.engine.models.digests import read_json, replace_text
 from logitcask.engine.training.processes import command_line
 
 RUN, METRICS, CHECKPOINTS, METADATA = "run.json", "metrics.jsonl", "checkpoints", "logitcask.json"
-LEDGER, TENSORBOARD = "ledger.jsonl", "tensorboard"
+LEDGER, TENSORBOARD, TRACKERS = "ledger.jsonl", "tensorboard", "trackers.json"
 VERSIONS, TEACHER = "versions", "teacher.json"
 EVALUATIONS, EVALUATOR = "evaluations.jsonl", ".evaluator"
 LOCK = ".lock"
@@ -202,7 +203,7 @@ def clear(out: Path) -> None:
     (out / METADATA).unlink(missing_ok=True)
     for folder in (CHECKPOINTS, TENSORBOARD, VERSIONS, TIMELINE):
         shutil.rmtree(out / folder, ignore_errors=True)
-    texts = (METRICS, LEDGER, TEACHER, EVALUATIONS)
+    texts = (METRICS, LEDGER, TEACHER, EVALUATIONS, TRACKERS)
     for pattern in ("*.safetensors", "*.safetensors.index.json", *texts):
         for file in out.glob(pattern):
             file.unlink()

@@ -130,6 +130,8 @@ def test_wandb_offline_holds_the_lines_of_the_metrics(
     run(case, tmp_path / "student-a", "wandb")
     assert wandb.run is None, "the next training of this process has a run of its own"
     (file,) = tmp_path.rglob("*.wandb")
+    own = json.loads((tmp_path / "student-a" / "trackers.json").read_text())["wandb"]
+    assert file.name == f"run-{own['id']}.wandb", "a report is added to this run"
     found = [line for line in history(file) if "progress/step" in line]
     expected = lines(tmp_path / "student-a")
     assert len(found) == len(expected) == 7
