@@ -79,17 +79,17 @@ def accuracy(run: RunFacts, teacher: float | None = None, name: str = "") -> Ite
     first, last = lines[0], lines[-1]
     known = [line[TEACHER_ACCURACY] for line in lines if line.get(TEACHER_ACCURACY) is not None]
     goal = float(known[-1]) if known else teacher
-    of_teacher = f" (teacher {goal:.1%})" if goal is not None else ""
+    of_teacher = f" (teacher {percent(goal)})" if goal is not None else ""
     if step_of(first) == step_of(last):
         yield Sentence(
-            text=f"{subject} is {last[key]:.1%} after {step_of(last):,} updates{of_teacher}."
+            text=f"{subject} is {percent(last[key])} after {step_of(last):,} updates{of_teacher}."
         )
         return
     errors = [line[f"{key}_se"] for line in (first, last) if line.get(f"{key}_se") is not None]
     error = math.hypot(*errors) if len(errors) == 2 else None
     both = Change(before=first[key], after=last[key], window=1, error=error)
     verb = {1: "rose", -1: "fell", 0: "went"}[both.direction]
-    text = f"{subject} {verb} from {both.before:.1%} to {both.after:.1%}{of_teacher}"
+    text = f"{subject} {verb} from {percent(both.before)} to {percent(both.after)}{of_teacher}"
     if error is None:
         text += "; its standard error is not known"
     elif not both.direction:
@@ -97,7 +97,7 @@ def accuracy(run: RunFacts, teacher: float | None = None, name: str = "") -> Ite
     state = {1: "good", -1: "warning", 0: "neutral"}[both.direction]
     if goal is not None and both.direction > 0 and goal - both.before > 2 * (error or 0.0):
         share = (both.after - both.before) / (goal - both.before)
-        text += f": the student closed {share:.0%} of the gap to the teacher"
+        text += f": the student closed {percent(share, 0)} of the gap to the teacher"
         state = "good" if share >= RECOVERED else "neutral"
     yield Sentence(text=f"{text}.", state=state)
 
@@ -239,7 +239,7 @@ def moved(found: Change, unit: str) -> str:
     verb = {1: "rose", -1: "fell", 0: "stayed"}[found.direction]
     before, after = _pair(found.before, found.after, percent=unit == "%")
     if found.direction:
-        return f"{verb} from {before} to {after} {unit}".replace(" %", " %")
+        return f"{verb} from {before} to {after} {unit}"
     if found.error is None:
         return f"went from {before} to {after} {unit}, with an unknown error"
     return (
@@ -257,6 +257,11 @@ def _pair(before: float, after: float, *, percent: bool) -> tuple[str, str]:
         digits = min(4, max(1, 1 - math.floor(math.log10(size)))) if size else 1
         return f"{before:.{digits}f}", f"{after:.{digits}f}"
     return f"{before:.3g}", f"{after:.3g}"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """Return a share as text: 97.6 %."""
+    return f"{100 * share:.{digits}f} %"
 
 
 def _state(direction: int) -> str:

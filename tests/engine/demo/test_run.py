@@ -61,10 +61,12 @@ def test_the_student_comes_closer_to_its_teacher(first: DemoResult):
 
 def test_the_report_states_the_share_of_the_gap(first: DemoResult):
     report = build_report(first.out / "runs" / first.objective)
-    closed = f"the student closed {first.gap_recovery:.0%} of the gap to the teacher"
+    closed = f"the student closed {100 * first.gap_recovery:.0f} % of the gap to the teacher"
     (sentence,) = (each.text for each in report.summary if "Accuracy" in each.text)
     assert closed in sentence
-    assert f"from {first.student_before:.1%} to {first.student_after:.1%}" in sentence
+    assert (
+        f"from {100 * first.student_before:.1f} % to {100 * first.student_after:.1f} %" in sentence
+    )
 
 
 def test_json_has_these_keys_and_plain_numbers(first: DemoResult):
