@@ -21,6 +21,8 @@ MOST_PROMPT = 512
 class Columns:
     """Columns that grow by the responses of one part at a time."""
 
+    coarse: int = 1
+    """Numbers are rounded to so many times STEPS."""
     numbers: dict[str, list[Array]] = field(default_factory=dict)
     """Name -> pieces of uint8 or uint16."""
     ids: dict[str, list[Array]] = field(default_factory=dict)
@@ -68,9 +70,9 @@ class Columns:
             at = list(self.teachers).index(name)
             self._number(f"{at}.flags", of.flags)
             self._quantised(f"{at}.", of.nats, of.shares)
-            self._number(f"{at}.at_student", quantised(-of.at_student, STEPS["log_probs"]))
+            self._log_probs(f"{at}.at_student", of.at_student)
             self._lists(f"{at}.own", number, of.own)
-            self._number(f"{at}.own_log_p", quantised(-of.own_log_p, STEPS["log_probs"]))
+            self._log_probs(f"{at}.own_log_p", of.own_log_p)
 
     def _add_prompt(self, source: int, name: str, tokens: Sequence[int], number: int) -> None:
         shown = tokens[-MOST_PROMPT:]
@@ -93,12 +95,19 @@ class Columns:
     ) -> None:
         for kind, columns in (("nats", nats), ("shares", shares)):
             for name, values in columns.items():
-                self._number(prefix + name, quantised(values, STEPS[kind]))
+                self._number(prefix + name, quantised(values, self._steps[kind]))
+
+    def _log_probs(self, name: str, values: Array) -> None:
+        self._number(name, quantised(-values, self._steps["log_probs"]))
+
+    @property
+    def _steps(self) -> dict[str, float]:
+        return {kind: self.coarse * step for kind, step in STEPS.items()}
 
     def _lists(self, name: str, number: int, lists: Lists) -> None:
         self._number(f"{name}_count", lists.counts.astype(np.uint8))
         self._id(f"{name}_id", number, lists.ids)
-        self._number(f"{name}_log_prob", quantised(-lists.log_probs, STEPS["log_probs"]))
+        self._log_probs(f"{name}_log_prob", lists.log_probs)
 
     def finished(self) -> tuple[dict[str, Any], dict[str, Array]]:
         """Return (header, columns); ids are indices into the header's `texts`."""
@@ -121,15 +130,16 @@ class Columns:
             "teachers": [
                 {"name": name, "k": sorted(ks - {0})} for name, ks in self.teachers.items()
             ],
-            "steps": STEPS,
+            "steps": self._steps,
         }
         numbers = {name: np.concatenate(each) for name, each in self.numbers.items()}
         ids = (keys[order] & np.uint64(0xFFFFFFFF)).astype(np.uint32)
         return header, {**numbers, **indices, "text_id": ids}
 
-    def _texts(self, keys: Array) -> tuple[list[str], dict[int, str]]:
+    def _texts(self, keys: Array) -> tuple[list[str | None], dict[int, str]]:
         """Return the texts of all keys, and the bytes, as hex digits, of those without a text."""
-        texts, raw = [""] * len(keys), {}
+        texts: list[str | None] = [None] * len(keys)
+        raw: dict[int, str] = {}
         numbers, ids = keys >> np.uint64(32), keys & np.uint64(0xFFFFFFFF)
         for number, of in self.tokenizers.values():
             places = np.flatnonzero(numbers == number)

@@ -10,7 +10,7 @@ from logitcask.engine.report.panels import SEQUENCES
 from logitcask.engine.report.viewer.choose import choose
 from logitcask.engine.report.viewer.columns import Columns
 from logitcask.engine.report.viewer.measures import MEASURES
-from logitcask.engine.report.viewer.pack import packed
+from logitcask.engine.report.viewer.pack import STEPS, packed
 from logitcask.engine.report.viewer.rows import CUTS, Cut, rows_of
 from logitcask.engine.report.viewer.sources import Loaded, Response, Source, load
 from logitcask.engine.report.viewer.texts import TokenTexts, token_texts
@@ -18,6 +18,8 @@ from logitcask.engine.report.viewer.texts import TokenTexts, token_texts
 MOST_BYTES = 1_150_000
 """Of the packed text: a page of 2 MB also holds its scripts and its panels."""
 FORMAT = 1
+SAMPLE = 24
+"""Responses from which the size of all is estimated."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +46,7 @@ def viewer_data(
     at most so many responses, fewer where `most_bytes` of packed text do not hold them: `notes` of
     the result has a sentence for everything that was left out.
 
-    Raises ConfigError for unknown names of rollouts or teachers, IdentityError or ModelError for a
+    Raises ConfigError for unknown rollouts, IdentityError or ModelError for a
     `tokenizer` that does not fit, IntegrityError for damage.
     """
     loaded = [each for each in map(load, _distinct(sources)) if each is not None]
@@ -53,13 +55,11 @@ def viewer_data(
     texts = [token_texts(each.source, each.rollouts, tokenizer) for each in loaded]
     chosen = _choose(loaded, sequences)
     total = len(chosen)
-    for cut in CUTS:
-        found = _packed(loaded, texts, chosen, cut)
-        if len(found) <= most_bytes:
-            break
+    cut = _cut_that_fits(loaded, texts, chosen, most_bytes)
+    found = _packed(loaded, texts, chosen, cut)
     while len(found) > most_bytes and len(chosen) > 1:
         keep = max(1, min(len(chosen) - 1, int(len(chosen) * 0.97 * most_bytes / len(found))))
-        chosen = [each for each in chosen if each.rank < keep]
+        chosen = _most_important(chosen, keep)
         found = _packed(loaded, texts, chosen, cut)
     return {
         "format": FORMAT,
@@ -99,11 +99,31 @@ def _choose(loaded: Sequence[Loaded], count: int) -> list[_Chosen]:
     return sorted(whole, key=lambda each: (each.source, each.response.part, each.response.start))
 
 
+def _cut_that_fits(
+    loaded: Sequence[Loaded], texts: Sequence[TokenTexts], chosen: Sequence[_Chosen], most: int
+) -> Cut:
+    """Return the first cut whose text has at most about `most` bytes, by a sample; else the last."""
+    sample = _most_important(chosen, SAMPLE)
+    times = sum(map(_tokens, chosen)) / max(1, sum(map(_tokens, sample)))
+    for cut in CUTS[:-1]:
+        if times * len(_packed(loaded, texts, sample, cut)) <= most:
+            return cut
+    return CUTS[-1]
+
+
+def _most_important(chosen: Sequence[_Chosen], count: int) -> list[_Chosen]:
+    return [each for each in chosen if each.rank < count]
+
+
+def _tokens(chosen: _Chosen) -> int:
+    return chosen.response.end - chosen.response.start
+
+
 def _packed(
     loaded: Sequence[Loaded], texts: Sequence[TokenTexts], chosen: Sequence[_Chosen], cut: Cut
 ) -> str:
     """Return the packed text of the chosen responses."""
-    columns = Columns()
+    columns = Columns(coarse=cut.coarse)
     parts: dict[tuple[int, int], list[Response]] = {}
     for each in chosen:
         parts.setdefault((each.source, each.response.part), []).append(each.response)
@@ -140,5 +160,11 @@ def _notes(
         notes.append(
             f"lists show at most {cut.most} ids of each model, up to {cut.mass:.0%} of its mass; "
             "metrics are of the whole stored lists"
+        )
+    if cut.coarse > 1:
+        steps = {name: step * cut.coarse for name, step in STEPS.items()}
+        notes.append(
+            f"numbers are rounded to {steps['nats']:g} nats, {steps['shares']:.1%}, and "
+            f"{steps['log_probs']:.0%} of a probability in the lists"
         )
     return notes + sorted({each.note for each in texts if each.note})

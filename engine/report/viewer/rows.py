@@ -68,9 +68,14 @@ class Cut:
 
     most: int
     mass: float
+    coarse: int = 1
+    """Numbers are rounded to so many times STEPS."""
 
 
-CUTS = (Cut(most=8, mass=0.99), Cut(most=5, mass=0.95), Cut(most=3, mass=0.9))
+CUTS = (
+    *(Cut(most=8, mass=0.99), Cut(most=5, mass=0.95)),
+    *(Cut(most=3, mass=0.9), Cut(most=3, mass=0.9, coarse=10)),
+)
 """The first one whose page is small enough is taken."""
 
 

@@ -15,6 +15,7 @@ from logitcask.engine.probes.columns import column_of, counted_rows, numbers_of
 from logitcask.engine.probes.positions import common_k
 from logitcask.engine.store import Segment, Snapshot, Store
 from logitcask.engine.store.format.ragged import starts
+from logitcask.engine.store.inspect import choose
 
 MOST_POSITIONS = 131_072
 """Response positions of a source that are read, about: about a second for each teacher."""
@@ -32,7 +33,8 @@ class Source:
     rollouts: str | None = None
     """None = those with the most scored segments."""
     teachers: tuple[str, ...] = ()
-    """The first MOST_TEACHERS are shown; () = all but base models, in the order of their names."""
+    """The first MOST_TEACHERS that scored some of them are shown; () = all but base models, in the
+    order of their names."""
     folders: tuple[str, ...] = ()
     """Folders that may hold the tokenizer, after that of the recorded student: the run's own."""
 
@@ -93,11 +95,13 @@ class Loaded:
 def load(source: Source, most: int = MOST_POSITIONS) -> Loaded | None:
     """Read a source; None where its snapshot has no rollouts.
 
-    Raises ConfigError for unknown names, IntegrityError for damage.
+    Raises ConfigError for unknown rollouts, IntegrityError for damage.
     """
-    name = source.rollouts or _most_scored(source.snapshot)
-    if name is None:
+    names = source.snapshot.names("rollout")
+    if not names:
         return None
+    first = source.rollouts or _most_scored(source.snapshot, names)
+    name = choose(names, first, what="rollouts")
     selections = _selections(source, name)
     parts = tuple(_part(source.store, selections, index) for index in _spread(selections[0], most))
     return Loaded(
@@ -111,12 +115,11 @@ def load(source: Source, most: int = MOST_POSITIONS) -> Loaded | None:
     )
 
 
-def _most_scored(snapshot: Snapshot) -> str | None:
+def _most_scored(snapshot: Snapshot, names: list[str]) -> str:
     """Return the name of the rollouts with the most scored segments, the first among equals."""
     scored = {each.base for each in snapshot.segments if each.kind == "score"}
-    names = snapshot.names("rollout")
     counts = [sum(each.seg_id in scored for each in snapshot.rollouts(name)) for name in names]
-    return names[int(np.argmax(counts))] if names else None
+    return names[int(np.argmax(counts))]
 
 
 def _selections(source: Source, name: str) -> list[Selection]:

@@ -28,22 +28,23 @@ class TokenTexts:
         self.note = note
         """Why there is no text, or why it may not fit; '' = it is the rollouts' own."""
 
-    def of(self, ids: Sequence[int]) -> list[tuple[str, str]]:
-        """Return (text, bytes) of each id: bytes as hex digits, '' where the text is whole."""
+    def of(self, ids: Sequence[int]) -> list[tuple[str | None, str]]:
+        """Return (text, bytes) of each id: bytes as hex digits, '' where the text is whole.
+
+        Without a tokenizer, and for ids that it does not have, the text is None.
+        """
         if self._tokenizer is None:
-            return [(f"{each} ", "") for each in ids]
+            return [(None, "")] * len(ids)
         pieces = self._tokenizer.convert_ids_to_tokens(list(ids))
         texts = self._tokenizer.batch_decode(
             [[each] for each in ids], clean_up_tokenization_spaces=False
         )
-        return [
-            _shown(each, piece, text) for each, piece, text in zip(ids, pieces, texts, strict=True)
-        ]
+        return [_shown(piece, text) for piece, text in zip(pieces, texts, strict=True)]
 
 
-def _shown(of: int, piece: str | None, text: str) -> tuple[str, str]:
-    if piece is None:  # the models have more ids than the tokenizer
-        return f"id {of}", ""
+def _shown(piece: str | None, text: str) -> tuple[str | None, str]:
+    if piece is None:  # models may have more ids than their tokenizer
+        return None, ""
     if "\ufffd" in text and (raw := _bytes_of(piece)) is not None:
         try:
             return raw.decode(), ""

@@ -91,7 +91,8 @@ function viewerModel(viewer, head, columns) {
     return cached.get(key);
   }
 
-  const token = (index) => ({ text: head.texts[index], bytes: head.bytes[index] ?? "", id: columns.text_id[index] });
+  // Without a tokenizer the id stands for the text.
+  const token = (index) => ({ text: head.texts[index] ?? `${columns.text_id[index]} `, bytes: head.bytes[index] ?? "", id: columns.text_id[index] });
   const logProb = (column, at) => (column[at] === NONE ? null : Math.exp(-column[at] * steps.log_probs));
   const probability = (surprise) => (Number.isNaN(surprise) ? null : Math.exp(-surprise));
 
@@ -130,7 +131,7 @@ function viewerModel(viewer, head, columns) {
       values(each.id, sequence, teacher).some((value) => !Number.isNaN(value)))));
   return {
     notes: viewer.notes, sources: head.sources, sequences, prompts, teachers, measures, values, lists,
-    ks: head.teachers.map((each) => each.k),
+    ks: head.teachers.map((each) => each.k), digits: Math.round(-Math.log10(steps.nats)),
     tokenAt: (sequence, position) => token(columns.token[rows[sequence.index] + position]),
     tokenNumber: (sequence, position) => columns.token[rows[sequence.index] + position],
     promptTokens: (index) => Array.from(

@@ -55,7 +55,7 @@ function drawNumbers(model, sequence, teacher, position, chosen) {
     const value = model.values(measure.id, sequence, teacher)[position];
     const className = measure.id === chosen.id ? "chosen" : "";
     return [make("dt", { textContent: measure.name, title: measure.how, className }),
-      make("dd", { textContent: formatMeasure(measure, value), className })];
+      make("dd", { textContent: formatMeasure(model, measure, value), className })];
   }));
 }
 
@@ -84,7 +84,7 @@ function spoken(model, sequence, teacher, position, measure) {
   const { entries } = model.lists(sequence, teacher, position);
   const best = (side) => entries.filter((each) => each[side] !== null).sort((a, b) => b[side] - a[side])[0];
   const first = (name, entry, side) => (entry ? `${name} prefers ${labelOf(entry.token)}, ${formatShare(entry[side])}. ` : "");
-  return `${labelOf(model.tokenAt(sequence, position))}, position ${position}. ${measure.name}: ${formatMeasure(measure, value)}. `
+  return `${labelOf(model.tokenAt(sequence, position))}, position ${position}. ${measure.name}: ${formatMeasure(model, measure, value)}. `
     + first("Student", best("p"), "p") + first("Teacher", best("q"), "q");
 }
 

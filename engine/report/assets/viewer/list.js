@@ -85,7 +85,7 @@ function drawResponses(root, model, responses, state) {
         make("bdi", { className: "response-prompt", textContent: start || prompt.id }),
         make("span", { className: `response-mark ${mark === "✓" ? "good" : "warning"}`, ariaHidden: "true", textContent: mark })),
       make("span", { className: "response-facts", textContent: describe(model, each, { withSource: true }) }),
-      make("span", { className: "response-facts", textContent: `worst ${formatMeasure(state.measure, each.stats.worst)} · ${formatNumber(each.stats.bad)} bad` }));
+      make("span", { className: "response-facts", textContent: `worst ${formatMeasure(model, state.measure, each.stats.worst)} · ${formatNumber(each.stats.bad)} bad` }));
     item.title = `prompt ${prompt.id}, response ${each.number}`;
     item.sequence = each;
     return item;

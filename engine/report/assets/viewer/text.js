@@ -48,9 +48,10 @@ function badness(measure, value) {
   return measure.worst === "low" ? -value : measure.worst === "both" ? Math.abs(value) : value;
 }
 
-function formatMeasure(measure, value) {
+/** A value of a measure with its unit, in as many digits as are stored. */
+function formatMeasure(model, measure, value) {
   if (value === undefined || Number.isNaN(value)) return "no value";
-  if (measure.unit) return `${value.toFixed(3)} ${measure.unit}`;
+  if (measure.unit) return `${value.toFixed(model.digits)} ${measure.unit}`;
   return formatShare(value);
 }
 

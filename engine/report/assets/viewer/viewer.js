@@ -167,7 +167,7 @@ function makeViewer(root, model, before) {
     parts.tip.hidden = position === null;
     showDetail(position ?? state.position, position === null ? panes[0] : pane);
     if (position === null) return;
-    parts.tip.textContent = `${labelOf(model.tokenAt(pane.sequence, position))}  ${formatMeasure(state.measure, valuesOf(pane)[position])}`;
+    parts.tip.textContent = `${labelOf(model.tokenAt(pane.sequence, position))}  ${formatMeasure(model, state.measure, valuesOf(pane)[position])}`;
     const rect = span.getClientRects()[0], tip = parts.tip.getBoundingClientRect();
     parts.tip.style.left = `${Math.max(4, Math.min(rect.left, innerWidth - tip.width - 4))}px`;
     parts.tip.style.top = `${rect.top - tip.height - 6 < 4 ? rect.bottom + 6 : rect.top - tip.height - 6}px`;
