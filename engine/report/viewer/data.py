@@ -102,7 +102,7 @@ def _choose(loaded: Sequence[Loaded], count: int) -> list[_Chosen]:
 def _cut_that_fits(
     loaded: Sequence[Loaded], texts: Sequence[TokenTexts], chosen: Sequence[_Chosen], most: int
 ) -> Cut:
-    """Return the first cut whose text has at most about `most` bytes, by a sample; else the last."""
+    """Return the first cut whose text has about `most` bytes, by a sample; else the last."""
     sample = _most_important(chosen, SAMPLE)
     times = sum(map(_tokens, chosen)) / max(1, sum(map(_tokens, sample)))
     for cut in CUTS[:-1]:

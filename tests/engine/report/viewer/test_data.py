@@ -1,4 +1,4 @@
-"""The viewer shows the store's own numbers, the worst responses, and says what it leaves out."""
+"""The viewer shows the store's own numbers, the worst responses, and a note of what is left out."""
 
 import math
 from dataclasses import replace

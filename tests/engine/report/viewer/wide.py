@@ -14,7 +14,7 @@ VOCAB, TOP = 150_000, 16
 def wide_store(path: Path, *, sequences: int, length: int, prompt: int = 60) -> Store:
     """Make responses of `length` tokens, two of each prompt; half of the rows are nearly sure.
 
-    Ids follow a power law, and the teacher's list has half of the student's ids.
+    Low ids are frequent, and the teacher's list has half of the student's ids.
     """
     rng = np.random.default_rng(0)
     rows = sequences * length
@@ -78,7 +78,7 @@ def wide_store(path: Path, *, sequences: int, length: int, prompt: int = 60) -> 
 
 
 def _ids(rng: np.random.Generator, rows: int) -> Array:
-    """Draw TOP distinct ids for each row, below half of the vocabulary: columns have own residues."""
+    """Draw TOP distinct ids for each row below half of the vocabulary, one of each residue."""
     wide = (VOCAB // 2 // TOP) * rng.random((rows, TOP)) ** 3
     ids: Array = wide.astype(np.int64) * TOP + np.arange(TOP)
     return ids
