@@ -9,6 +9,12 @@ function colour(number) {
   return `var(--series-${number % COLOURS})`;
 }
 
+/** Colours of groups by their names; waiting is pale, work is not. */
+function coloursOf(groups) {
+  const work = groups.filter((name) => name !== "wait");
+  return new Map(groups.map((name) => [name, name === "wait" ? "var(--idle)" : colour(work.indexOf(name))]));
+}
+
 /** What all charts have in common. */
 function plot(width, options) {
   return Plot.plot({
@@ -21,17 +27,20 @@ function plot(width, options) {
   });
 }
 
-/** A legend of text; each item has a sample of its line or its filling. */
-function legend(items) {
-  return make("ul", { className: "legend" }, ...items.map((item) => {
-    const sample = makeSvg("svg", { width: 22, height: 10, "aria-hidden": "true" });
+/**
+ * A legend of text; each item has a sample of its line or its filling. `point` is called with the
+ * item under the pointer, and with null when there is none.
+ */
+function legend(items, point = () => {}) {
+  return make("ul", { className: "legend", onpointerleave: () => point(null) }, ...items.map((item) => {
+    const sample = makeSvg("svg", { width: item.dash === undefined ? 14 : 22, height: 10, "aria-hidden": "true" });
     if (item.dash === undefined) {
       sample.append(makeSvg("rect", { width: 14, height: 10, rx: 2, style: `fill:${item.colour}` }));
     } else {
       const line = { x1: 0, x2: 22, y1: 5, y2: 5, "stroke-width": 2, "stroke-dasharray": item.dash };
       sample.append(makeSvg("line", { ...line, style: `stroke:${item.colour}` }));
     }
-    return make("li", {}, sample, make("span", { textContent: item.name }));
+    return make("li", { onpointerenter: () => point(item) }, sample, make("span", { textContent: item.name }));
   }));
 }
 
@@ -89,17 +98,24 @@ function looksOf(panel, report) {
   });
 }
 
-/** The legend of lines; with several runs and quantities, colours and dashes on their own. */
-function linesLegend(looks, report) {
+/**
+ * The legend of lines; with several runs and quantities, colours and dashes on their own. Pointing
+ * at an item makes the other lines pale.
+ */
+function linesLegend(looks, report, chart) {
   if (looks.length < 2 && report.runs.length < 2) return [];
+  const point = (item) => looks.forEach((look, number) => {
+    const other = item !== null && ![look.name, look.run, look.quantity].includes(item.name);
+    for (const mark of chart.querySelectorAll(`.look-${number}`)) mark.classList.toggle("dim", other);
+  });
   const runs = unique(looks.map((look) => look.run));
   const quantities = unique(looks.map((look) => look.quantity));
-  if (runs.length < 2 || quantities.length < 2) return [legend(looks)];
+  if (runs.length < 2 || quantities.length < 2) return [legend(looks, point)];
   const dashes = quantities.map((name) => ({
     name, colour: "currentColor", dash: looks.find((look) => look.quantity === name).dash,
   }));
   const colours = runs.map((name) => ({ name, colour: looks.find((look) => look.run === name).colour }));
-  return [legend(dashes), legend(colours)];
+  return [legend(dashes, point), legend(colours, point)];
 }
 
 function drawLines(panel, report, width) {
@@ -120,11 +136,12 @@ function drawLines(panel, report, width) {
       high: value(series.high[index], panel.y, y),
     }));
     const { colour: stroke, dash } = looks[number];
+    const common = { x: "x", className: `look-${number}` };
     if (series.low.length) {
-      marks.push(Plot.areaY(points, { x: "x", y1: "low", y2: "high", fill: stroke, fillOpacity: 0.15 }));
+      marks.push(Plot.areaY(points, { ...common, y1: "low", y2: "high", fill: stroke, fillOpacity: 0.15 }));
     }
-    marks.push(Plot.lineY(points, { x: "x", y: "y", stroke, strokeWidth: 1.75, strokeDasharray: dash || undefined }));
-    if (points.length <= 40) marks.push(Plot.dot(points, { x: "x", y: "y", fill: stroke, r: 2.5 }));
+    marks.push(Plot.lineY(points, { ...common, y: "y", stroke, strokeWidth: 1.75, strokeDasharray: dash || undefined }));
+    if (points.length <= 40) marks.push(Plot.dot(points, { ...common, y: "y", fill: stroke, r: 2.5 }));
     points.forEach((point, index) => {
       if (!Number.isFinite(point.x)) return;
       if (!rows.has(point.x)) rows.set(point.x, []);
@@ -143,7 +160,7 @@ function drawLines(panel, report, width) {
   const scaleY = scaleOf(panel.y, y, numbers, true, 6);
   marks.unshift(Plot.gridY({ strokeOpacity: 0.12, ticks: scaleY.ticks }));
   const chart = plot(width, { height: 240, marginLeft: 52, x: scaleX, y: scaleY, marks });
-  const parts = linesLegend(looks, report);
+  const parts = linesLegend(looks, report, chart);
   const lost = panel.y.form === "log" ? numbers.filter((number) => number <= 0).length : 0;
   if (lost) parts.push(note(`${lost} values of 0 or less have no place on a logarithmic axis.`));
   return [chart, ...parts];
@@ -157,12 +174,14 @@ function drawBars(panel, report, width) {
   const room = Math.min(width * 0.42, 24 + 6.6 * d3.max(names, (name) => name.length));
   const letters = Math.floor((room - 16) / 6.6);
   const grouped = groups.length > 1 || groups[0] !== "";
-  const fill = (bar) => colour(groups.indexOf(bar.group));
+  const colours = coloursOf(groups);
+  const fill = (bar) => colours.get(bar.group);
+  const beyond = 14 + 6.8 * d3.max([...totals.values(), 0], (total) => formatValue(total, panel.value).length);
   const chart = plot(width, {
     height: 48 + 24 * names.length,
     marginTop: 6,
     marginLeft: room,
-    marginRight: 76,
+    marginRight: beyond,
     x: { label: axisLabel(panel.value, unit), labelArrow: "none", ticks: Math.max(2, width / 160), nice: true },
     y: { label: null, domain: names, tickFormat: (name) => shorten(name, letters), tickSize: 0 },
     marks: [
@@ -179,7 +198,7 @@ function drawBars(panel, report, width) {
       }),
     ],
   });
-  const items = groups.map((name, number) => ({ name: name || "other", colour: colour(number) }));
+  const items = groups.map((name) => ({ name: name || "other", colour: colours.get(name) }));
   return grouped ? [chart, legend(items)] : [chart];
 }
 

@@ -62,7 +62,7 @@ function formatValue(value, axis) {
 
 /** The name of an axis with its unit. */
 function axisLabel(axis, unit) {
-  return unit ? `${axis.name} (${unit})` : axis.name;
+  return unit && unit !== axis.name ? `${axis.name} (${unit})` : axis.name;
 }
 
 function unique(values) {

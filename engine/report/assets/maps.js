@@ -22,8 +22,9 @@ function drawHeat(panel, report, width) {
   ].join("\n");
   const hatch = `hatch-${hatches++}`;
   const chart = plot(width, {
-    height: 72 + Math.max(160, Math.min(26 * panel.ys.length, 420)),
+    height: 58 + Math.max(160, Math.min(26 * panel.ys.length, 420)),
     marginLeft: room,
+    marginTop: 10,
     padding: 0.04,
     x: { label: axisLabel(panel.x, panel.x.unit), labelArrow: "none", domain: panel.xs, ticks: panel.xs.filter((_, index) => index % step === 0), tickRotate: 0 },
     y: { label: axisLabel(panel.y, panel.y.unit), labelArrow: "none", domain: panel.ys, tickFormat: (name) => shorten(name, Math.floor((room - 24) / 6.6)) },
@@ -42,7 +43,7 @@ function drawHeat(panel, report, width) {
   if (known.length) parts.push(chart.legend("color", { width: Math.min(260, width), style: { fontSize: "12px", background: "transparent" } }));
   if (missing.length) {
     const own = `hatch-${hatches++}`;
-    const sample = makeSvg("svg", { width: 22, height: 10, "aria-hidden": "true" },
+    const sample = makeSvg("svg", { width: 14, height: 10, "aria-hidden": "true" },
       makeSvg("defs", {}, hatching(own)), makeSvg("rect", { width: 14, height: 10, fill: `url(#${own})` }));
     parts.push(make("ul", { className: "legend" }, make("li", {}, sample, make("span", { textContent: "no value" }))));
   }
@@ -58,6 +59,7 @@ function hatching(id) {
 function drawTimeline(panel, report, width, choices) {
   const lanes = unique(panel.stretches.map((each) => each.lane));
   const groups = unique(panel.stretches.map((each) => each.group));
+  const colours = coloursOf(groups);
   const end = d3.max(panel.stretches, (each) => each.end) ?? 1;
   const [factor, unit] = end > 7200 ? [1 / 3600, "h"] : end > 300 ? [1 / 60, "min"] : [1, "s"];
   const room = Math.min(width * 0.35, 20 + 6.6 * (d3.max(lanes, (lane) => lane.length) ?? 1));
@@ -89,7 +91,7 @@ function drawTimeline(panel, report, width, choices) {
         Plot.gridX({ strokeOpacity: 0.12 }),
         Plot.barX(panel.stretches, {
           x1: (each) => each.start * factor, x2: (each) => each.end * factor, y: "lane",
-          fill: (each) => colour(groups.indexOf(each.group)), title: text, tip: true,
+          fill: (each) => colours.get(each.group), title: text, tip: true,
         }),
       ],
     }));
@@ -109,7 +111,7 @@ function drawTimeline(panel, report, width, choices) {
   const narrower = make("button", { type: "button", className: "button", textContent: "−", ariaLabel: "Less detail", onclick: () => zoom(1 / 2) });
   const wider = make("button", { type: "button", className: "button", textContent: "+", ariaLabel: "More detail", onclick: () => zoom(2) });
   draw();
-  const items = groups.map((name, number) => ({ name, colour: colour(number) }));
+  const items = groups.map((name) => ({ name, colour: colours.get(name) }));
   return [
     make("div", { className: "lanes" }, names, scroller),
     make("div", { className: "row" }, legend(items), make("div", { className: "zoom" }, narrower, wider)),

@@ -62,11 +62,25 @@ function drawSection(data, whole) {
   const section = sectionOf(data.id, data.title);
   const grid = section.querySelector(".grid") ?? make("div", { className: "grid" });
   place(grid, data.panels.map((panel) => panelOf(panel, whole)));
+  fillRows(grid);
   const absent = data.absent.map((each) => make("li", {}, make("strong", { textContent: `${each.title}: ` }), make("span", {}, ...prose(each.why))));
   const parts = [section.querySelector("h2"), grid];
   if (absent.length) parts.push(make("div", { className: "absent" }, make("h3", { textContent: "Not shown" }), make("ul", {}, ...absent)));
   place(section, parts);
   return section;
+}
+
+/** A panel without another one at its side takes the whole row. */
+function fillRows(grid) {
+  let left = null;
+  for (const figure of [...grid.children, null]) {
+    figure?.classList.remove("alone");
+    if (figure && !figure.classList.contains("wide")) left = left ? null : figure;
+    else {
+      left?.classList.add("alone");
+      left = null;
+    }
+  }
 }
 
 function panelOf(panel, whole) {

@@ -73,7 +73,8 @@ function drawPanel(panel, report, choices = {}) {
   const head = make("figcaption", {},
     make("h3", { id: title, textContent: panel.title }),
     make("p", { className: "how" }, ...prose(panel.how)));
-  const figure = make("figure", { className: `panel panel-${panel.kind}`, id: `panel-${panel.id}`, "aria-labelledby": title }, head, place);
+  const wide = ["heat", "timeline"].includes(panel.kind) || (panel.columns ?? []).length > 3;
+  const figure = make("figure", { className: `panel panel-${panel.kind} ${wide ? "wide" : ""}`, id: `panel-${panel.id}`, "aria-labelledby": title }, head, place);
   place.draw = (given = place.clientWidth) => {
     const width = Math.max(240, Math.floor(given));
     place.drawnWidth = Math.floor(place.clientWidth);

@@ -1,7 +1,8 @@
 "use strict";
 // Tables: those that are panels, and the ones below charts that hold the same numbers.
 
-const FIRST_ROWS = 30;
+const FIRST_ROWS = 12;
+const LONG = 40; // letters without a space
 const NO_NUMBERS = ["NaN", "Infinity", "-Infinity"]; // as page.py writes them
 const MOST_POINTS = 200;
 
@@ -48,8 +49,8 @@ function drawTable(panel, report, width, choices) {
     }
     const text = formatValue(value, panel.columns[index]);
     // Digests and paths: cut by the style, so that a copy takes the whole.
-    const long = text.length > 28 && !/\s/.test(text.slice(0, 28));
-    return long ? make("td", {}, make("span", { className: "long", title: text, textContent: text })) : make("td", { className: text.length <= 20 ? "short" : "", textContent: text });
+    const long = text.length > LONG && !/\s/.test(text.slice(0, LONG));
+    return long ? make("td", {}, make("span", { className: "long", title: text, textContent: text })) : make("td", { className: text.length <= 20 ? "short" : "words", textContent: text });
   }
 
   fill();
