@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 
 import report_ablate
+import report_alignment
 import report_exchange
 import report_kernels
 import report_paper
@@ -69,6 +70,7 @@ def tables() -> dict[str, str]:
             report_peers,
             report_exchange,
             report_scoring,
+            report_alignment,
             report_tap,
             report_paper,
             report_real_probes,

@@ -6,6 +6,7 @@ from typing import Any
 
 import rich_click as click
 
+from logitcask.cli.doctor_tokenizers import tokenizers_command
 from logitcask.cli.options import format_option
 from logitcask.cli.output import print_result, visible
 from logitcask.engine.errors import IdentityError
@@ -17,6 +18,9 @@ def doctor_command() -> None:
 
     Example: logitcask doctor teacher http://127.0.0.1:8000
     """
+
+
+doctor_command.add_command(tokenizers_command)
 
 
 @doctor_command.command("teacher")

@@ -17,7 +17,7 @@ PACKAGES = ("engine", "kernels", "cli")
 
 # A folder of engine/ imports only from folders to the left of its own, and from itself.
 LAYERS = [
-    *("config/section", "types", "errors", "events", "config", "prompts", "models"),
+    *("config/section", "types", "errors", "events", "config", "prompts", "models", "alignment"),
     *("store/storage", "store/format", "store/log", "store", "store/transfer"),
     *("backends", "backends/vllm", "backends/server", "teachers"),
     *("rollout", "score", "packing", "metrics", "objectives"),
@@ -43,6 +43,7 @@ FENCES = {
         "engine/training",
         "engine/demo",
     },
+    "tokenizers": {"engine/alignment", "engine/demo"},
     "peft": {"engine/models"},
     "matplotlib": {"engine/probes/figures.py"},
     "trl": {"engine/integrations"},
@@ -88,6 +89,7 @@ VERBS = [
         "doctor",
         "doctor teacher",
         "init",
+        "doctor tokenizers",
         "probe correctness",
         "probe drift",
         "probe k",

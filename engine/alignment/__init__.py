@@ -1,0 +1,1 @@
+"""Two tokenizations of one text: the bytes of each id, and the spans where both have a boundary."""
