@@ -24,7 +24,8 @@ LAYERS = [
     *("exchange", "estimate", "probes", "tap", "training", "integrations"),
     *("workers", "workers/ray", "commands", "distill", "recipes", "init"),
     *("ablate_table", "ablate"),
-    *("report/panels", "report/runs", "report/sections", "report/viewer", "report", "demo"),
+    *("report/panels", "report/runs", "report/change", "report/sections", "report/viewer"),
+    *("report", "demo"),
 ]
 
 FENCES = {

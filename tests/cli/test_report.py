@@ -37,7 +37,7 @@ def test_a_run_another_one_and_their_store(world: World, call: Any):
     assert {each["run"] for each in panels["loss"]["series"]} == {0, 1}
     assert ["train.objective", "overlap", "opd"] in panels["provenance-differences"]["rows"]
     assert report["viewer"]["count"] == 16
-    # The same place again: a report is replaced, and the file of somebody else is not.
+    # The same place again: a report is replaced, and a file of the user is not.
     assert call(f"report @st -o {page} --sequences 0").code == 0
     alone = report_of(world, page)
     assert (alone["runs"], alone["viewer"]) == ([], None)

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from logitcask.engine.report.change import Points, points_of
 from logitcask.engine.report.panels import Absent, Axis, Lines, Section, Series
 from logitcask.engine.report.runs import TEACHER_ACCURACY, RunFacts
-from logitcask.engine.report.sections.change import Points, points_of
 
 MOST_POINTS, LEAST_POINTS = 1000, 100
 """Points of a line: of one run, and of each of many. Of a longer line the extremes of each part are

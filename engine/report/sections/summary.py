@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from logitcask.engine.objectives import warnings
+from logitcask.engine.report.change import Change, change
 from logitcask.engine.report.panels import Sentence
 from logitcask.engine.report.runs import TEACHER_ACCURACY, RunFacts, step_of
-from logitcask.engine.report.sections.change import Change, change
 from logitcask.engine.report.sections.provenance import preset_of
+from logitcask.engine.report.sections.state import FINISHED, RUNNING, STOPPED, run_state
 from logitcask.engine.report.sections.stored import names_of
 from logitcask.engine.store.log.claims import failed_units
 
@@ -163,17 +164,15 @@ def _overlap(ratio: Change, mass: Change, divergence: str | None) -> Sentence:
 
 def trouble(run: RunFacts) -> Iterator[Sentence]:
     """Yield what a reader must know before trusting the numbers."""
-    if run.metadata is None:
-        how = (
-            "it goes on, or its process was killed"
-            if run.locked
-            else "run the same command again to go on"
-        )
+    state = run_state(run.path).name
+    if state != FINISHED:
         of = f" of {run.planned:,}" if run.planned else ""
-        yield Sentence(
-            text=f"The run is not finished: {run.done:,}{of} updates are logged; {how}.",
-            state="neutral" if run.locked else "warning",
-        )
+        said = {
+            RUNNING: f"The run goes on: {run.done:,}{of} updates are logged",
+            STOPPED: f"The run stopped before its end: {run.done:,}{of} updates are logged; the "
+            "same command goes on from its newest checkpoint",
+        }
+        yield Sentence(text=f"{said[state]}.", state="warning" if state == STOPPED else "neutral")
     broken = [step_of(line) for line in run.updates if line.get("loss") is None]
     if broken:
         yield Sentence(

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from logitcask.engine.report.change import Change, change
 from logitcask.engine.report.panels import Sentence
 from logitcask.engine.report.runs import RunFacts
-from logitcask.engine.report.sections.change import Change, change
 from logitcask.engine.report.sections.summary import accuracy, duration, learned, moved, trouble
 from tests.engine.report.made import facts_of
 
@@ -153,10 +154,11 @@ def test_accuracy_and_the_gap_to_the_teacher():
     assert texts(accuracy(evaluated())) == []
 
 
-def test_trouble_is_told_and_nothing_else():
+def test_trouble_and_nothing_else(tmp_path: Path):
     config = {"train": {"max_grad_norm": 1.0}}
     clean = lines(train__grad_norm=(0.5, 0.9), cache__coverage=(1.0, 0.99))
-    done = replace(run_of(*clean, preset="opd", config=config), metadata={"version": 2})
+    (tmp_path / "logitcask.json").touch()
+    done = replace(run_of(*clean, preset="opd", config=config), path=tmp_path)
     assert texts(trouble(done)) == []
     bad = lines(train__grad_norm=(0.5, 2.0, 3.0), cache__coverage=(1.0, 0.99, 0.9))
     worse = ({**bad[0], "loss": None}, *bad[1:])
@@ -166,7 +168,7 @@ def test_trouble_is_told_and_nothing_else():
     for (_, text), part in zip(
         found,
         (
-            "The run is not finished: 3 of 4 updates are logged",
+            "The run stopped before its end: 3 of 4 updates are logged",
             "not finite in 1 logged updates, first in 1",
             "cache/coverage = 0.900",
             "clipped to norm 1 in 2 of 3 logged updates",
@@ -174,7 +176,10 @@ def test_trouble_is_told_and_nothing_else():
         strict=True,
     ):
         assert part in text
-    assert texts(trouble(replace(run, locked=True)))[0][0] == "neutral"
+    (tmp_path / "going").mkdir()
+    (tmp_path / "going" / ".lock").touch()
+    goes_on = texts(trouble(replace(run, path=tmp_path / "going")))
+    assert goes_on[0] == ("neutral", "The run goes on: 3 of 4 updates are logged.")
     aged = replace(done, ledger=({"update": 2, "age": [0, 0.5, 1]},))
     assert "up to 1 update after their sampling" in texts(trouble(aged))[0][1]
 
