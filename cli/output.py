@@ -42,6 +42,12 @@ def print_result(result: Any, form: str) -> None:
             click.echo(f"{name if at == 0 else '':<{width}}  {line}".rstrip())
 
 
+def print_probe(name: str, report: Any) -> None:
+    """Print the report of a probe as one JSON object with its name, for `report --probe`."""
+    values = report if isinstance(report, Mapping) else asdict(report)
+    print_result({"probe": name, **values}, "json")
+
+
 def print_report(report: Any, form: str) -> None:
     """Print a stage's report; as text, with its notes, or one line if there was nothing to do."""
     values = asdict(report)

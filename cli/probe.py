@@ -6,7 +6,7 @@ from typing import Any
 import rich_click as click
 
 from logitcask.cli.options import config_from_flags, config_options, dry_run_option, format_option
-from logitcask.cli.output import print_event, print_result, print_table, visible
+from logitcask.cli.output import print_event, print_probe, print_table, visible
 from logitcask.cli.probe_drift import DRIFT_PROBES
 from logitcask.cli.probe_models import MODEL_PROBES
 from logitcask.cli.probe_store import STORE_PROBES
@@ -105,7 +105,7 @@ def compare_command(form: str, first: Path, second: Path) -> None:
 
     report = run_compare(first, second)
     if form == "json":
-        print_result(report, form)
+        print_probe("compare", report)
         return
     print_table([asdict(each) for each in report.differences], form)
     click.echo(

@@ -7,7 +7,7 @@ from typing import Any
 import rich_click as click
 
 from logitcask.cli.options import config_from_flags, config_options, format_option
-from logitcask.cli.output import print_result, print_table
+from logitcask.cli.output import print_probe, print_table
 from logitcask.cli.probe_store import figure_option
 from logitcask.cli.progress import progress_bar
 from logitcask.engine.config.probes import (
@@ -45,7 +45,7 @@ def k_command(form: str, figure: Path | None, **flags: Any) -> None:
         report, estimators = run_topk_probe(config, figure, progress=progress)
     if form == "json":
         found = None if estimators is None else asdict(estimators)
-        print_result({**asdict(report), "estimators": found}, form)
+        print_probe("k", {**asdict(report), "estimators": found})
         return
     print_table([asdict(each) for each in report.table], form)
     click.echo(f"{report.rows:,} rows; {report.reading}")
@@ -99,7 +99,7 @@ def drift_command(
     with progress_bar() as progress:
         report = run_drift_probe(config, models, run_folder, figure, progress=progress)
     if form == "json":
-        print_result(asdict(report), form)
+        print_probe("drift", report)
         return
     print_table(
         [

@@ -8,7 +8,7 @@ from typing import Any
 import rich_click as click
 
 from logitcask.cli.options import MODEL_KEYS, config_from_flags, config_options, format_option
-from logitcask.cli.output import print_event, print_result, print_table
+from logitcask.cli.output import print_event, print_probe, print_table
 from logitcask.cli.probe_store import figure_option
 from logitcask.cli.progress import progress_bar
 from logitcask.engine.config.probes import (
@@ -64,7 +64,7 @@ def compatibility_command(form: str, figure: Path | None, **flags: Any) -> None:
         report = run_compatibility_probe(config, figure, progress=progress, on_event=print_event)
     values = asdict(report)
     if form == "json":
-        print_result(values, form)
+        print_probe("compatibility", values)
         return
     teachers = values["teachers"]
     names = [
@@ -126,7 +126,7 @@ def continuation_command(form: str, figure: Path | None, **flags: Any) -> None:
         )
     values = asdict(report)
     if form == "json":
-        print_result(values, form)
+        print_probe("continuation", values)
         return
     names = ("student", "teacher", "advantage")
     print_table(

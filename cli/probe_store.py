@@ -6,7 +6,7 @@ from typing import Any
 import rich_click as click
 
 from logitcask.cli.options import config_from_flags, config_options, format_option
-from logitcask.cli.output import print_result, print_table
+from logitcask.cli.output import print_probe, print_result, print_table
 from logitcask.cli.progress import progress_bar
 from logitcask.engine.config.probes import (
     CorrectnessProbe,
@@ -48,6 +48,9 @@ def reward_command(form: str, figure: Path | None, **flags: Any) -> None:
     config = config_from_flags(RewardProbeConfig, flags)
     with progress_bar():
         report = run_reward_probe(config, figure)
+    if form == "json":
+        print_probe("reward", report)
+        return
     print_result(report, form)
 
 
@@ -66,7 +69,6 @@ def positions_command(form: str, figure: Path | None, **flags: Any) -> None:
 
     Example: logitcask probe positions --store ./store --bins 4 --figure positions.svg
     """
-    from dataclasses import asdict
 
     from logitcask.engine.commands.probe import run_position_probe
 
@@ -74,7 +76,7 @@ def positions_command(form: str, figure: Path | None, **flags: Any) -> None:
     with progress_bar():
         report = run_position_probe(config, figure)
     if form == "json":
-        print_result(asdict(report), form)
+        print_probe("positions", report)
         return
     heads = [f"{each.start}..{each.end - 1}" for each in report.ranges]
     rows: dict[str, list[float | None]] = {"rows": [float(each.rows) for each in report.ranges]}
@@ -109,7 +111,7 @@ def correctness_command(form: str, figure: Path | None, **flags: Any) -> None:
     with progress_bar():
         report = run_correctness_probe(config, figure)
     if form == "json":
-        print_result(asdict(report), form)
+        print_probe("correctness", report)
         return
     print_table([{"measure": name, **asdict(each)} for name, each in report.measures.items()], form)
     click.echo(
@@ -141,7 +143,7 @@ def regions_command(form: str, figure: Path | None, **flags: Any) -> None:
     with progress_bar() as progress:
         report = run_region_probe(config, figure, progress=progress)
     if form == "json":
-        print_result(asdict(report), form)
+        print_probe("regions", report)
         return
     print_table(
         [

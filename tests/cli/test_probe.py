@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import UNITS, N, World
+from tests.cli.test_probe_store import panels_of
 
 
 def test_a_comparison_has_the_means_of_both_probes(world: World, call: Any) -> None:
@@ -14,12 +15,16 @@ def test_a_comparison_has_the_means_of_both_probes(world: World, call: Any) -> N
         result = call(f"probe metrics --model {model} {flags} --per-sequence {file}")
         assert (result.code, "note: " in result.err) == (0, False), result.err
         tables.append({row["metric"]: row["all"] for row in result.json})
+        (means,) = panels_of(world, result.json)
+        assert {row[0]: row[1] for row in means.rows} == tables[-1]
     for table in tables:
         for name in ("forward", "reverse"):
             assert 0 < table[f"kl/{name}_bound"] < table[f"kl/{name}"]
     report = call(f"probe compare {files[0]} {files[1]} --format json").json
     assert (report["sequences"], report["prompts"]) == (2 * UNITS * N, 2 * UNITS)
     assert report["tokens"] == tables[0]["rows"]
+    (differences,) = panels_of(world, report)
+    assert [row[3] for row in differences.rows] == [e["difference"] for e in report["differences"]]
     found = {each["metric"]: each for each in report["differences"]}
     assert {"kl/forward", "kl/reverse_bound", "top1/agreement", "loss/overlap"} <= found.keys()
     for name, each in found.items():

@@ -93,7 +93,8 @@ def positions_section(runs: Sequence[RunFacts], *, most: int = MOST_ROWS) -> Sec
     panels: list[Panel] = []
     if found:
         panels += _lines(found)
-        maps = _maps(*next(iter(found.values())))
+        of, rows = next(iter(found.values()))
+        maps = map_panels(ranges_of_versions(rows, HEAT_BINS), "positions", note=of.note)
         panels += maps
         if not maps:
             absent.append(
@@ -110,26 +111,17 @@ def positions_section(runs: Sequence[RunFacts], *, most: int = MOST_ROWS) -> Sec
 
 def _lines(found: Mapping[int, tuple[StoredRows, PositionRows]]) -> list[Panel]:
     (first_of, first), *_ = found.values()
-    made = {number: _solid(ranges(rows, LINE_BINS)) for number, (_, rows) in found.items()}
     quarters = ranges(first, 4)
     # A few responses that go on for long would stand for the end of all.
     least = max(LEAST_ROWS, LEAST_SHARE * max(each.rows for each in quarters))
     where = reading(tuple(each for each in quarters if each.rows >= least))
-    panels: list[Panel] = [
-        Lines(
-            id=f"positions-{name}",
-            title=title,
-            how=how.format(reading=where.capitalize(), k=first.k) + first_of.note,
-            x=_POSITION,
-            y=axis,
-            series=tuple(
-                _series(each, number, measure)
-                for number, each in made.items()
-                for measure in measures
-            ),
-        )
-        for name, title, axis, measures, how in _LINES
-    ]
+    panels = line_panels(
+        {number: ranges(rows, LINE_BINS) for number, (_, rows) in found.items()},
+        "positions",
+        k=first.k,
+        where=where,
+        note=first_of.note,
+    )
     panels.append(
         Lines(
             id="positions-responses",
@@ -144,9 +136,32 @@ def _lines(found: Mapping[int, tuple[StoredRows, PositionRows]]) -> list[Panel]:
     return panels
 
 
-def _maps(of: StoredRows, rows: PositionRows) -> list[Panel]:
-    """Return a map for each of _MAPS; none for rollouts of one version."""
-    versions = ranges_of_versions(rows, HEAT_BINS)
+def line_panels(
+    found: Mapping[int, Sequence[Range]], prefix: str, *, k: int, where: str, note: str
+) -> list[Panel]:
+    """Return the panels of _LINES; found: number of a run -> its ranges.
+
+    prefix: of the ids of the panels; where: reading of the probe; note: sentence at the end.
+    """
+    return [
+        Lines(
+            id=f"{prefix}-{name}",
+            title=title,
+            how=how.format(reading=where[:1].upper() + where[1:], k=k) + note,
+            x=_POSITION,
+            y=axis,
+            series=tuple(
+                _series(_solid(each), number, measure)
+                for number, each in found.items()
+                for measure in measures
+            ),
+        )
+        for name, title, axis, measures, how in _LINES
+    ]
+
+
+def map_panels(versions: Mapping[int, Sequence[Range]], prefix: str, *, note: str) -> list[Panel]:
+    """Return a map for each of _MAPS, of some evenly chosen versions; none for one version."""
     if len(versions) < 2:
         return []
     numbers = sorted(versions)
@@ -155,13 +170,13 @@ def _maps(of: StoredRows, rows: PositionRows) -> list[Panel]:
     some = "" if len(shown) == len(numbers) else f" {len(shown)} of {len(numbers)} versions."
     return [
         Heat(
-            id=f"positions-map-{measure.replace('/', '-')}",
+            id=f"{prefix}-map-{measure.replace('/', '-')}",
             title=f"{title} by position and version",
-            how=f"{how} Cells with fewer than {LEAST_ROWS} tokens are empty.{some}{of.note}",
+            how=f"{how} Cells with fewer than {LEAST_ROWS} tokens are empty.{some}{note}",
             x=_POSITION,
             y=Axis(name="version of the student", unit="updates"),
             value=Axis(name=measure, unit="nats"),
-            xs=tuple(f"{each.start}-{each.end - 1}" for each in versions[shown[0]]),
+            xs=tuple(_label(each) for each in versions[shown[0]]),
             ys=tuple(str(number) for number in shown),
             values=tuple(
                 tuple(each.means[measure] if each.rows >= LEAST_ROWS else None for each in row)
@@ -170,6 +185,10 @@ def _maps(of: StoredRows, rows: PositionRows) -> list[Panel]:
         )
         for measure, title, how in _MAPS
     ]
+
+
+def _label(each: Range) -> str:
+    return str(each.start) if each.end == each.start + 1 else f"{each.start}-{each.end - 1}"
 
 
 def _solid(found: Iterable[Range]) -> tuple[Range, ...]:

@@ -41,7 +41,7 @@ def test_lines_and_maps_are_those_of_the_probe(store: Store) -> None:
     assert responses.series[0].y == tuple(counts) == (72, 72, 54, 54, 54, 36)
     heat = panels["positions-map-kl-reverse_bound"]
     assert isinstance(heat, Heat)
-    assert (heat.ys, heat.xs) == (("0", "1", "2"), ("0-0", "1-1", "2-2", "3-3", "4-4", "5-5"))
+    assert (heat.ys, heat.xs) == (("0", "1", "2"), ("0", "1", "2", "3", "4", "5"))
     for version, row in zip(range(3), heat.values, strict=True):
         ranges = probe.versions[version]
         probed = [e.means["kl/reverse_bound"] if e.rows >= LEAST_ROWS else None for e in ranges]

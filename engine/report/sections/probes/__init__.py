@@ -1,0 +1,1 @@
+"""The section of the probes: panels of what `logitcask probe` prints."""
