@@ -154,7 +154,8 @@ def _handler(live: LiveReport, token: str, every_s: float) -> type[BaseHTTPReque
     class Handler(BaseHTTPRequestHandler):
         """Answers GET / and GET /report.json, with the token alone."""
 
-        protocol_version = "HTTP/1.1"
+        # A connection that is kept would be answered after the end of the server.
+        protocol_version = "HTTP/1.0"
         server_version, sys_version = "logitcask", ""
         timeout = 60
 
