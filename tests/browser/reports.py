@@ -22,7 +22,7 @@ from logitcask.engine.report.panels import (
 STEP = Axis(name="step")
 
 NO_VALUE = "\N{EN DASH}"
-"""What a page writes where there is no value."""
+"""Text of a page where there is no value."""
 
 
 def lines(text: str = "loss", **changes: object) -> Lines:

@@ -5,8 +5,10 @@ const COLOURS = 8;
 const COMPACT = new Intl.NumberFormat("en-US", { notation: "compact", maximumSignificantDigits: 3 });
 const DASHES = ["", "6 3", "2 3", "9 3 2 3", "12 4", "2 6"];
 
+/** The colour of a number; after eight the same ones again, paler. */
 function colour(number) {
-  return `var(--series-${number % COLOURS})`;
+  const full = `var(--series-${number % COLOURS})`;
+  return number < COLOURS ? full : `color-mix(in oklab, ${full} 50%, var(--card))`;
 }
 
 /** Colours of groups by their names; waiting is pale, work is not. */
@@ -19,7 +21,7 @@ function coloursOf(groups) {
 function plot(width, options) {
   return Plot.plot({
     width,
-    marginTop: 24,
+    marginTop: 28,
     marginRight: 16,
     marginBottom: 40,
     style: { fontSize: "12px", fontFamily: "inherit", background: "transparent" },
@@ -159,7 +161,7 @@ function drawLines(panel, report, width) {
   const scaleX = scaleOf(panel.x, x, places, false, Math.floor(width / (panel.x.form === "log" ? 50 : 80)));
   const scaleY = scaleOf(panel.y, y, numbers, true, 6);
   marks.unshift(Plot.gridY({ strokeOpacity: 0.12, ticks: scaleY.ticks }));
-  const chart = plot(width, { height: 240, marginLeft: 52, x: scaleX, y: scaleY, marks });
+  const chart = plot(width, { height: 244, marginLeft: 52, x: scaleX, y: scaleY, marks });
   const parts = linesLegend(looks, report, chart);
   const lost = panel.y.form === "log" ? numbers.filter((number) => number <= 0).length : 0;
   if (lost) parts.push(note(`${lost} values of 0 or less have no place on a logarithmic axis.`));

@@ -52,10 +52,16 @@ function unitOf(axis, values) {
   return { factor: 1000 ** -power, unit: BYTES[power] };
 }
 
+/** Write a time in UTC as people read it; other texts stay as they are. */
+function formatTime(text) {
+  const found = /^(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(\.\d+)?(Z|\+00:00)$/.exec(text);
+  return found ? `${found[1]} ${found[2]} UTC` : text;
+}
+
 /** Write one value with its unit, such as `12.5 %`; values that are no numbers stay as they are. */
 function formatValue(value, axis) {
   if (value === null || value === undefined) return NO_VALUE;
-  if (typeof value !== "number") return String(value);
+  if (typeof value !== "number") return formatTime(String(value));
   const { factor, unit } = unitOf(axis, [Math.abs(value)]);
   return formatNumber(value * factor) + (unit ? ` ${unit}` : "");
 }

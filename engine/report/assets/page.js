@@ -16,7 +16,7 @@ function byId(id) {
 function refresh(data) {
   document.title = data.title;
   byId("title").textContent = data.title;
-  byId("facts").textContent = `Made ${data.made.replace("T", " ").replace(/(\.\d+)?(Z|\+00:00)$/, " UTC")} with logitcask ${data.version}`;
+  byId("facts").textContent = `Made ${formatTime(data.made)} with logitcask ${data.version}`;
   byId("foot").textContent = document.documentElement.dataset.live
     ? "This page asks its own server on this machine for news, and fetches nothing else."
     : "Everything on this page is in this file; it fetches nothing.";

@@ -32,7 +32,7 @@ function drawTable(panel, report, width, choices) {
       const sign = choices.down ? -1 : 1;
       order.sort((a, b) => sign * compare(panel.rows[a][choices.column], panel.rows[b][choices.column], sign) || a - b);
     }
-    const shown = choices.all || printing ? order : order.slice(0, FIRST_ROWS);
+    const shown = choices.all || printing || order.length <= FIRST_ROWS + 6 ? order : order.slice(0, FIRST_ROWS);
     body.replaceChildren(...shown.map((row) => make("tr", {}, ...panel.rows[row].map(cell))));
     heads.forEach((head, index) => {
       head.ariaSort = choices.column !== index ? "none" : choices.down ? "descending" : "ascending";
@@ -49,8 +49,10 @@ function drawTable(panel, report, width, choices) {
     }
     const text = formatValue(value, panel.columns[index]);
     // Digests and paths: cut by the style, so that a copy takes the whole.
+    // What differs between paths is at their end.
     const long = text.length > LONG && !/\s/.test(text.slice(0, LONG));
-    return long ? make("td", {}, make("span", { className: "long", title: text, textContent: text })) : make("td", { className: text.length <= 20 ? "short" : "words", textContent: text });
+    const dir = text.includes("/") ? "rtl" : "ltr";
+    return long ? make("td", {}, make("span", { className: "long", title: text, dir }, make("bdi", { dir: "ltr", textContent: text }))) : make("td", { className: text.length <= 24 ? "short" : "words", textContent: text });
   }
 
   fill();
