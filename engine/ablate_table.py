@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from logitcask.engine.training.run import TrainReport
+if TYPE_CHECKING:  # a reader of the table needs no trainer
+    from logitcask.engine.training.run import TrainReport
 
-FIGURES: dict[str, Callable[[TrainReport, float | None], float | None]] = {
+FIGURES: "dict[str, Callable[[TrainReport, float | None], float | None]]" = {
     "loss": lambda run, _: run.last["loss"],
     "accuracy": lambda run, _: _evaluated(run, -1, "accuracy"),
     "avg_at_n": lambda run, _: _evaluated(run, -1, "avg_at_n"),
@@ -60,7 +61,7 @@ class AblateReport:
 
 def table_row(
     values: Mapping[str, Any],
-    runs: Sequence[TrainReport],
+    runs: "Sequence[TrainReport]",
     refused: str = "",
     teacher: float | None = None,
 ) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def gap_recovery(before: float | None, after: float | None, teacher: float | Non
     return (after - before) / (teacher - before)
 
 
-def run_seconds(run: TrainReport) -> float:
+def run_seconds(run: "TrainReport") -> float:
     """Return the seconds of a whole run: loading, training, evaluation."""
     # The line of the last update precedes the last evaluation.
     last = float(run.evaluations[-1]["eval/seconds"]) if run.evaluations else 0.0
@@ -139,6 +140,6 @@ def markdown(report: AblateReport) -> str:
     return rows + "\n" + "".join(f"- {note}\n" for note in footnotes(report))
 
 
-def _evaluated(run: TrainReport, index: int, name: str) -> float | None:
+def _evaluated(run: "TrainReport", index: int, name: str) -> float | None:
     found = run.evaluations[index].get(f"eval/{name}") if run.evaluations else None
     return None if found is None else float(found)

@@ -43,7 +43,9 @@ def summary(
         found += trouble(first)
     found += stored(first)
     for other in runs[own:]:
-        found += [*_what(other, other.name), *accuracy(other, teacher_accuracy, other.name)]
+        found += _what(other, other.name)
+        found += accuracy(other, teacher_accuracy, other.name)
+        found += overlap(other, other.name)
     return tuple(found)
 
 
@@ -108,17 +110,13 @@ def learned(run: RunFacts) -> Iterator[Sentence]:
     found = {
         key: change(run.updates, key)
         for key in (
-            "overlap/ratio",
-            "overlap/mass_student",
             "overlap/advantage",
             "entropy/gap",
             "entropy/student",
             "entropy/teacher",
         )
     }
-    ratio, mass = found["overlap/ratio"], found["overlap/mass_student"]
-    if ratio and mass:
-        yield _overlap(ratio, mass, (run.record.get("objective") or {}).get("divergence"))
+    yield from overlap(run)
     if advantage := found["overlap/advantage"]:
         towards = {1: " towards 0, where both agree", -1: ", away from the teacher", 0: ""}
         yield Sentence(
@@ -147,19 +145,23 @@ def learned(run: RunFacts) -> Iterator[Sentence]:
         )
 
 
-def _overlap(ratio: Change, mass: Change, divergence: str | None) -> Sentence:
-    text = f"Overlap mass {moved(mass, '%')}, and the overlap ratio {moved(ratio, '%')}"
+def overlap(run: RunFacts, name: str = "") -> Iterator[Sentence]:
+    """Yield what ratio and mass of the overlap did, which are read together."""
+    ratio, mass = (change(run.updates, f"overlap/{key}") for key in ("ratio", "mass_student"))
+    if not ratio or not mass:
+        return
+    text = f"{name}: overlap mass" if name else "Overlap mass"
+    text += f" {moved(mass, '%')}, and the overlap ratio {moved(ratio, '%')}"
+    state = _state(max(mass.direction, ratio.direction))
     if mass.direction < 0:
-        return Sentence(
-            text=f"{text}: the student moves probability to ids that the teacher ranks low.",
-            state="warning",
-        )
-    if ratio.direction >= 0:
-        return Sentence(text=f"{text}.", state=_state(max(mass.direction, ratio.direction)))
-    if divergence == "reverse_kl":
-        text += ": usual under reverse KL, which hardly moves improbable ids; read the mass"
-        return Sentence(text=f"{text}.", state="good" if mass.direction > 0 else "neutral")
-    return Sentence(text=f"{text}.")
+        text += ": the student moves probability to ids that the teacher ranks low"
+        state = "warning"
+    elif ratio.direction < 0:
+        state = "neutral"
+        if (run.record.get("objective") or {}).get("divergence") == "reverse_kl":
+            text += ": usual under reverse KL, which hardly moves improbable ids; read the mass"
+            state = _state(mass.direction)
+    yield Sentence(text=f"{text}.", state=state)
 
 
 def trouble(run: RunFacts) -> Iterator[Sentence]:
@@ -236,7 +238,7 @@ def stored(run: RunFacts) -> Iterator[Sentence]:
 def moved(found: Change, unit: str) -> str:
     """Return the change in words: 'rose from 1 to 2 nats'; unit '%' = shares."""
     verb = {1: "rose", -1: "fell", 0: "stayed"}[found.direction]
-    before, after = _pair(found.before, found.after, percent=unit == "%")
+    before, after = _pair(found, percent=unit == "%")
     if found.direction:
         return f"{verb} from {before} to {after} {unit}"
     if found.error is None:
@@ -248,14 +250,13 @@ def moved(found: Change, unit: str) -> str:
     )
 
 
-def _pair(before: float, after: float, *, percent: bool) -> tuple[str, str]:
-    """Format two values with as many digits as show their difference."""
-    if percent:
-        before, after = 100 * before, 100 * after
-        size = abs(after - before)
-        digits = min(4, max(1, 1 - math.floor(math.log10(size)))) if size else 1
-        return f"{before:.{digits}f}", f"{after:.{digits}f}"
-    return f"{before:.3g}", f"{after:.3g}"
+def _pair(found: Change, *, percent: bool) -> tuple[str, str]:
+    """Format two values with as many digits as show their difference, or its error."""
+    if not percent:
+        return f"{found.before:.3g}", f"{found.after:.3g}"
+    size = 100 * max(abs(found.after - found.before), 2 * (found.error or 0.0))
+    digits = min(4, max(1, 1 - math.floor(math.log10(size)))) if size else 1
+    return f"{100 * found.before:.{digits}f}", f"{100 * found.after:.{digits}f}"
 
 
 def percent(share: float, digits: int = 1) -> str:

@@ -11,7 +11,14 @@ import pytest
 from logitcask.engine.report.change import Change, change
 from logitcask.engine.report.panels import Sentence
 from logitcask.engine.report.runs import RunFacts
-from logitcask.engine.report.sections.summary import accuracy, duration, learned, moved, trouble
+from logitcask.engine.report.sections.summary import (
+    accuracy,
+    duration,
+    learned,
+    moved,
+    overlap,
+    trouble,
+)
 from tests.engine.report.made import facts_of
 
 Line = Mapping[str, Any]
@@ -87,28 +94,31 @@ def test_a_change_in_words(found: tuple[float, float, float | None], unit: str, 
 SE = 0.001
 
 
-def overlap(ratio: tuple[float, float], mass: tuple[float, float], **how: str) -> tuple[str, str]:
+Two = tuple[float, float]
+
+
+def overlap_of(ratio: Two, mass: Two, **how: str) -> tuple[str, str]:
     found = lines(
         overlap__ratio=ratio,
         overlap__ratio_se=(SE, SE),
         overlap__mass_student=mass,
         overlap__mass_student_se=(SE, SE),
     )
-    return texts(learned(run_of(*found, **how)))[0]
+    return texts(overlap(run_of(*found, **how)))[0]
 
 
 def test_ratio_and_mass_are_read_together():
     falls = "Overlap mass rose from 90.0 to 95.0 %, and the overlap ratio fell from 50.0 to 40.0 %"
-    assert overlap((0.5, 0.4), (0.9, 0.95)) == (
+    assert overlap_of((0.5, 0.4), (0.9, 0.95)) == (
         "good",
         f"{falls}: usual under reverse KL, which hardly moves improbable ids; read the mass.",
     )
-    assert overlap((0.5, 0.4), (0.9, 0.95), divergence="forward_kl") == ("neutral", f"{falls}.")
-    state, text = overlap((0.5, 0.6), (0.95, 0.9))
+    assert overlap_of((0.5, 0.4), (0.9, 0.95), divergence="forward_kl") == ("neutral", f"{falls}.")
+    state, text = overlap_of((0.5, 0.6), (0.95, 0.9))
     assert (state, "moves probability to ids" in text) == ("warning", True)
-    assert overlap((0.5, 0.6), (0.9, 0.9))[0] == "good"
+    assert overlap_of((0.5, 0.6), (0.9, 0.9))[0] == "good"
     # 0.002 is less than two errors of sqrt(2) * 0.001.
-    assert overlap((0.5, 0.502), (0.9, 0.902)) == (
+    assert overlap_of((0.5, 0.502), (0.9, 0.902)) == (
         "neutral",
         "Overlap mass went from 90.00 to 90.20 %, within the noise, and the overlap ratio went "
         "from 50.00 to 50.20 %, within the noise.",
