@@ -143,12 +143,13 @@ def _byte_of_char() -> dict[str, int]:
     return {chr(byte): byte for byte in own} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-_BYTE_OF_CHAR = _byte_of_char()
+BYTE_OF_CHAR = _byte_of_char()
+"""Character of a byte-level token -> its byte."""
 
 
 def _mapped(token: str) -> bytes:
     """Return the bytes of a byte-level token; one with a character outside the map is itself."""
-    found = [_BYTE_OF_CHAR.get(char) for char in token]
+    found = [BYTE_OF_CHAR.get(char) for char in token]
     return token.encode() if None in found else bytes(byte for byte in found if byte is not None)
 
 

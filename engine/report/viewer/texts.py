@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from logitcask.engine.alignment.token_bytes import BYTE_OF_CHAR
 from logitcask.engine.errors import IdentityError, ModelError
 from logitcask.engine.models.identity import resolve_model, tokenizer_digest
 from logitcask.engine.prompts.prompts import load_tokenizer
@@ -59,18 +60,8 @@ def _bytes_of(piece: str) -> bytes | None:
     """Return the bytes of a piece of byte-level BPE or of a byte of SentencePiece; else None."""
     if found := _BYTE.fullmatch(piece):
         return bytes.fromhex(found[1])
-    table = _bytes_of_letters()
-    return bytes(table[each] for each in piece) if all(each in table for each in piece) else None
-
-
-@lru_cache(maxsize=1)
-def _bytes_of_letters() -> dict[str, int]:
-    """Return letter -> byte of byte-level BPE: printable bytes stand for themselves, the others
-    for the letters from 256 on (GPT-2, encoder.py, bytes_to_unicode)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [each for each in range(256) if each not in printable]
-    letters = {chr(each): each for each in printable}
-    return letters | {chr(256 + i): each for i, each in enumerate(others)}
+    known = [BYTE_OF_CHAR.get(each) for each in piece]
+    return None if None in known else bytes(each for each in known if each is not None)
 
 
 def token_texts(source: Source, rollouts: str, tokenizer: str = "") -> TokenTexts:
