@@ -17,12 +17,13 @@ PACKAGES = ("engine", "kernels", "cli")
 
 # A folder of engine/ imports only from folders to the left of its own, and from itself.
 LAYERS = [
-    *("config/section", "types", "errors", "events", "config", "prompts", "models", "alignment"),
+    *("config/section", "types", "errors", "findings", "events", "config", "prompts", "models"),
+    "alignment",
     *("store/storage", "store/format", "store/log", "store", "store/transfer"),
     *("backends", "backends/vllm", "backends/server", "teachers"),
     *("rollout", "score", "packing", "metrics", "objectives"),
     *("exchange", "estimate", "probes", "tap", "training", "integrations"),
-    *("workers", "workers/ray", "commands", "distill", "recipes", "init"),
+    *("workers", "workers/ray", "commands", "distill", "recipes", "init", "doctor"),
     *("ablate_table", "ablate"),
     *("report/panels", "report/runs", "report/change", "report/sections", "report/viewer"),
     *("report", "demo"),
@@ -88,6 +89,7 @@ VERBS = [
         "completion",
         "report",
         "doctor",
+        "doctor check",
         "doctor teacher",
         "init",
         "doctor tokenizers",

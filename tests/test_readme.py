@@ -192,9 +192,8 @@ def test_commands_parse(name: str) -> None:
         words = shlex.split(re.split(r" [>|] ", line)[0])[1:]
         command: click.Command = cli
         while isinstance(command, click.Group) and words and not words[0].startswith("-"):
-            verb = words.pop(0)
-            assert command is not cli or verb in VERBS, f"{line}: no verb {verb}"
-            found = command.get_command(click.Context(command), verb)
+            assert command is not cli or words[0] in VERBS, f"{line}: no verb {words[0]}"
+            _, found, words = command.resolve_command(click.Context(command), words)
             assert found is not None, line
             command = found
         if isinstance(command, click.Group):

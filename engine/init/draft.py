@@ -1,14 +1,14 @@
 """The values of a first configuration, checked as far as nothing has to be downloaded."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from logitcask.engine.commands.resolve import read_fitting
 from logitcask.engine.config.parse.toml import merge_tables, read_tables, resolve_paths, validate
-from logitcask.engine.config.prompts import Prompts, is_hub
+from logitcask.engine.config.prompts import Columns, is_hub
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.config.training import Train
 from logitcask.engine.errors import ConfigError, ModelError, PromptError
@@ -83,7 +83,9 @@ def draft(answers: Answers, base: Path, overrides: Sequence[str] = ()) -> Draft:
     """
     answers = answers.with_recipe()
     student, teacher = find_model(answers.student), find_model(answers.teacher, remote=True)
-    source = find_prompts(answers.prompts, answers.tables)
+    section = answers.tables.get("prompts", {})
+    columns = {key: value for key, value in section.items() if key in Columns.model_fields}
+    source = find_prompts(answers.prompts, Columns(**columns))
     own, notes = _of_pair(answers, student, teacher)
     if source is not None:
         count = sum(1 for _ in source.texts())
@@ -173,15 +175,14 @@ def find_model(name: str, *, remote: bool = False) -> Path | None:
     return folder
 
 
-def find_prompts(file: str, recipe: Mapping[str, Any] | None = None) -> Source | None:
+def find_prompts(file: str, columns: Columns | None = None) -> Source | None:
     """Open the prompts, and check the first; None for a data set on the Hub.
 
-    recipe: tables with names of columns. Raises PromptError.
+    Raises PromptError.
     """
     if is_hub(Path(file)):
         return None
-    names = {k: v for k, v in (recipe or {}).get("prompts", {}).items() if k.endswith("_column")}
-    source = open_source(Path(file).expanduser(), Prompts(file=file, **names))
+    source = open_source(Path(file).expanduser(), columns)
     try:
         first = next(source.lines(), None)
     except OSError as error:

@@ -1,6 +1,6 @@
 """Checks of a server as a teacher, each by its answers and with a hint."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from logitcask.engine.backends.logprob_diff import (
     tolerance,
 )
 from logitcask.engine.errors import LogitcaskError
+from logitcask.engine.findings import Finding, fault
 from logitcask.engine.models import identity
 from logitcask.engine.models.fingerprint import (
     MAX_SPREAD,
@@ -32,19 +33,6 @@ from logitcask.engine.teachers.token_maps import (
 )
 from logitcask.engine.teachers.verified import CONTROL_K, CONTROL_SEQUENCES, VerifiedTeacher
 from logitcask.engine.types import ModelRef
-
-State = Literal["ok", "note", "fault"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """One check."""
-
-    check: str
-    state: State
-    """note: scoring works with a limitation; fault: nothing should be scored."""
-    message: str
-    hint: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +55,7 @@ class ServerCheck:
     wait_s: float = 10.0
 
 
-def check_server(settings: ServerCheck) -> Iterator[Finding]:
+def check_server(settings: ServerCheck) -> Generator[Finding, None, None]:
     """Yield findings; a fault that prevents the other checks is the last one."""
     open_backend("server")  # raises for a missing package
     from logitcask.engine.backends.server import Limits, ServerScorer, read_key
@@ -106,11 +94,6 @@ def check_server(settings: ServerCheck) -> Iterator[Finding]:
         yield _try("repeats", lambda: _repeats(server, settings.k_max))
         if settings.against:
             yield _try("parity", lambda: _parity(server, model, settings))
-
-
-def fault(check: str, error: LogitcaskError) -> Finding:
-    """Return the finding of an error."""
-    return Finding(check=check, state="fault", message=error.cause, hint=error.hint)
 
 
 def _try(check: str, run: Callable[[], Finding]) -> Finding:

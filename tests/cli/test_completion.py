@@ -28,6 +28,7 @@ def offered(line: str) -> list[str]:
 def test_verbs_flags_and_names_are_offered() -> None:
     assert offered("logitcask ro") == ["rollout"]
     assert offered("logitcask store sna") == ["snapshot"]
+    assert offered("logitcask doctor ") == ["check", "teacher", "tokenizers"]
     assert offered("logitcask train --learning-") == ["--learning-rate"]
     assert offered("logitcask rollout --dtype b") == ["bfloat16"]
     assert sorted(offered("logitcask train --objective ")) == sorted(PRESETS)
