@@ -5,6 +5,7 @@ from typing import Any
 
 import rich_click as click
 
+from logitcask.cli.approve import approve_with, yes_option
 from logitcask.cli.options import (
     config_file_arguments,
     config_from_flags,
@@ -28,9 +29,15 @@ from logitcask.engine.config.training import Ablate
     help="A key of the file and its values; repeatable: all combinations are trained.",
 )
 @config_options(AblateConfig, {"ablate": list(Ablate.model_fields)})
+@yes_option
 @format_option
 def ablate_command(
-    config: Path, vary: tuple[str, ...], overrides: tuple[str, ...], form: str, **flags: Any
+    config: Path,
+    vary: tuple[str, ...],
+    overrides: tuple[str, ...],
+    yes: bool,
+    form: str,
+    **flags: Any,
 ) -> None:
     """Train every combination of some settings from one snapshot, and compare them.
 
@@ -46,7 +53,14 @@ def ablate_command(
     from logitcask.engine.ablate_table import footnotes, table
 
     with progress_bar() as progress:
-        report = ablate(base, vary, settings, progress=progress, on_event=print_event)
+        report = ablate(
+            base,
+            vary,
+            settings,
+            progress=progress,
+            on_event=print_event,
+            approve=approve_with(yes),
+        )
     if form == "json":
         print_result(report, form)
         return

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import rich_click as click
 
+from logitcask.cli.approve import approve_with, yes_option
 from logitcask.cli.completion import complete_recipe
 from logitcask.cli.options import (
     config_options,
@@ -46,6 +47,7 @@ NAME_WIDTH = len("rollout-0")
     help="With --role: number of this process among those of the role, for one process at a time. "
     "It takes over what an earlier one left undone at once, and not after --lease-seconds.",
 )
+@yes_option
 @format_option
 @dry_run_option
 def distill_command(
@@ -55,6 +57,7 @@ def distill_command(
     runner__kind: str | None,
     role: str | None,
     index: int | None,
+    yes: bool,
     form: str,
     dry_run: bool,
 ) -> None:
@@ -98,6 +101,9 @@ def distill_command(
     if role is not None:
         _run_role(resolved, role, index, form)
         return
+    from logitcask.engine.estimate.left import loop_left
+
+    approve_with(yes)(loop_left(resolved))
     if resolved.runner.kind == "processes":
         from logitcask.engine.distill.processes import run_processes
 

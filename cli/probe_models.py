@@ -7,6 +7,7 @@ from typing import Any
 
 import rich_click as click
 
+from logitcask.cli.approve import approve_with, yes_option
 from logitcask.cli.options import MODEL_KEYS, config_from_flags, config_options, format_option
 from logitcask.cli.output import print_event, print_probe, print_table
 from logitcask.cli.probe_store import figure_option
@@ -45,8 +46,9 @@ SAMPLING = [*SamplingParams.model_fields, "grader", "stop_token_ids", "unit_prom
     },
 )
 @figure_option
+@yes_option
 @format_option
-def compatibility_command(form: str, figure: Path | None, **flags: Any) -> None:
+def compatibility_command(yes: bool, form: str, figure: Path | None, **flags: Any) -> None:
     """Try candidate teachers on a few prompts, before a distillation is paid for.
 
     The student samples, each teacher scores its responses and, with --grader, samples the same
@@ -61,7 +63,9 @@ def compatibility_command(form: str, figure: Path | None, **flags: Any) -> None:
 
     config = config_from_flags(CompatibilityConfig, flags)
     with progress_bar() as progress:
-        report = run_compatibility_probe(config, figure, progress=progress, on_event=print_event)
+        report = run_compatibility_probe(
+            config, figure, progress=progress, on_event=print_event, approve=approve_with(yes)
+        )
     values = asdict(report)
     if form == "json":
         print_probe("compatibility", values)

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,23 @@ def progress_bar(unit: str = "units") -> Iterator[Progress]:
         lines = Lines(nouns, lambda line: click.echo(line, err=True))
         with _refreshed(lines), report_steps(lines.report):
             yield lines.report
+
+
+_shown: ContextVar[Any] = ContextVar("shown", default=None)
+"""The bars of the running verb; None where it has none."""
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Take the bars from the terminal in the body, for a question."""
+    bars = _shown.get()
+    if bars is not None:
+        bars.stop()
+    try:
+        yield
+    finally:
+        if bars is not None:
+            bars.start()
 
 
 @contextmanager
@@ -254,5 +272,9 @@ def _bars(nouns: dict[str, str]) -> Iterator[Bars]:
         TextColumn("{task.fields[text]}", markup=False),
         console=Console(stderr=True),
     )
-    with bars:
-        yield Bars(nouns, bars)
+    token = _shown.set(bars)
+    try:
+        with bars:
+            yield Bars(nouns, bars)
+    finally:
+        _shown.reset(token)

@@ -5,6 +5,7 @@ from typing import Any
 
 import rich_click as click
 
+from logitcask.cli.approve import approve_with, yes_option
 from logitcask.cli.options import (
     config_file_arguments,
     config_from_flags,
@@ -49,10 +50,17 @@ for _command in NAMED:
 @click.option(
     "--then", is_flag=True, help="Run `distill` with the file from this student on at once."
 )
+@yes_option
 @format_option
 @dry_run_option
 def cold_start_command(
-    config: Path, overrides: tuple[str, ...], then: bool, form: str, dry_run: bool, **flags: Any
+    config: Path,
+    overrides: tuple[str, ...],
+    then: bool,
+    yes: bool,
+    form: str,
+    dry_run: bool,
+    **flags: Any,
 ) -> None:
     """Fine-tune the student on accepted responses of its teacher, before it is distilled.
 
@@ -75,23 +83,29 @@ def cold_start_command(
 
     with progress_bar() as progress:
         report = run_cold_start(
-            resolved, sections.cold_start, file=str(config), progress=progress, on_event=print_event
+            resolved,
+            sections.cold_start,
+            file=str(config),
+            progress=progress,
+            on_event=print_event,
+            approve=approve_with(yes),
         )
     if not then:
         print_result(report if form == "json" else shown(report), form)
         return
     for name, value in shown(report).items():
         print_event(f"{name}: {value}")
-    distill(config, (*overrides, *report.overrides), form)
+    distill(config, (*overrides, *report.overrides), form, yes=yes)
 
 
 @recipe_command.command("best-of-n")
 @config_file_arguments
 @config_options(BestOfNConfig, {"best_of_n": list(BestOfN.model_fields)})
+@yes_option
 @format_option
 @dry_run_option
 def best_of_n_command(
-    config: Path, overrides: tuple[str, ...], form: str, dry_run: bool, **flags: Any
+    config: Path, overrides: tuple[str, ...], yes: bool, form: str, dry_run: bool, **flags: Any
 ) -> None:
     """Keep one of several responses of the teacher to each prompt, as rollouts to train on.
 
@@ -113,7 +127,11 @@ def best_of_n_command(
 
     with progress_bar() as progress:
         report = run_best_of_n(
-            resolved, sections.best_of_n, progress=progress, on_event=print_event
+            resolved,
+            sections.best_of_n,
+            progress=progress,
+            on_event=print_event,
+            approve=approve_with(yes),
         )
     print_result(report, form)
 
@@ -158,10 +176,17 @@ for _command in NAMED:
     help="The TOML file to write; one with other contents is not replaced.",
 )
 @click.option("--run", is_flag=True, help="Run `distill` with the written file at once.")
+@yes_option
 @format_option
 @dry_run_option
 def reverse_command(
-    config: Path, overrides: tuple[str, ...], out: Path, run: bool, form: str, dry_run: bool
+    config: Path,
+    overrides: tuple[str, ...],
+    out: Path,
+    run: bool,
+    yes: bool,
+    form: str,
+    dry_run: bool,
 ) -> None:
     """Write the control in which student and teacher change places.
 
@@ -183,7 +208,7 @@ def reverse_command(
     write_once(out, to_toml(found))
     if run:
         print_event(f"written: {out}")
-        distill(out, (), form)
+        distill(out, (), form, yes=yes)
         return
     print_result(
         {
@@ -208,7 +233,7 @@ def write_once(path: Path, text: str) -> None:
     replace_text(path, text)
 
 
-def distill(file: Path, overrides: tuple[str, ...], form: str) -> None:
+def distill(file: Path, overrides: tuple[str, ...], form: str, *, yes: bool) -> None:
     """Run `logitcask distill FILE` in this process."""
     from logitcask.cli.distill import distill_command
 
@@ -220,6 +245,7 @@ def distill(file: Path, overrides: tuple[str, ...], form: str) -> None:
         runner__kind=None,
         role=None,
         index=None,
+        yes=yes,
         form=form,
         dry_run=False,
     )

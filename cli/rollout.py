@@ -4,6 +4,7 @@ from typing import Any
 
 import rich_click as click
 
+from logitcask.cli.approve import approve_with, yes_option
 from logitcask.cli.options import (
     MODEL_KEYS,
     RAY_KEYS,
@@ -34,9 +35,10 @@ from logitcask.engine.config.sections import Rollout, RolloutConfig
         "run": MODEL_KEYS,
     },
 )
+@yes_option
 @format_option
 @dry_run_option
-def rollout_command(form: str, dry_run: bool, **flags: Any) -> None:
+def rollout_command(yes: bool, form: str, dry_run: bool, **flags: Any) -> None:
     """Sample responses from the student into a store.
 
     The student's own top-k of every position is stored with them. Committed units are never sampled
@@ -69,5 +71,7 @@ def rollout_command(form: str, dry_run: bool, **flags: Any) -> None:
     from logitcask.engine.commands.rollout import run_rollout
 
     with progress_bar() as progress:
-        report = run_rollout(config, progress=progress, on_event=print_event)
+        report = run_rollout(
+            config, progress=progress, on_event=print_event, approve=approve_with(yes)
+        )
     print_report(report, form)

@@ -4,6 +4,7 @@ from typing import Any
 
 import rich_click as click
 
+from logitcask.cli.approve import approve_with, yes_option
 from logitcask.cli.options import (
     MODEL_KEYS,
     RAY_KEYS,
@@ -33,9 +34,10 @@ from logitcask.engine.config.teacher import Score, Teacher
         "run": MODEL_KEYS,
     },
 )
+@yes_option
 @format_option
 @dry_run_option
-def score_command(form: str, dry_run: bool, **flags: Any) -> None:
+def score_command(yes: bool, form: str, dry_run: bool, **flags: Any) -> None:
     """Score stored rollouts with a teacher.
 
     For every position the teacher's most likely ids, its log-probs at the student's stored ids, the
@@ -69,5 +71,7 @@ def score_command(form: str, dry_run: bool, **flags: Any) -> None:
     from logitcask.engine.commands.score import run_score
 
     with progress_bar() as progress:
-        report = run_score(config, progress=progress, on_event=print_event)
+        report = run_score(
+            config, progress=progress, on_event=print_event, approve=approve_with(yes)
+        )
     print_report(report, form)

@@ -35,11 +35,19 @@ from logitcask.engine.config.section import parse_value
 from logitcask.engine.config.sections import TrainConfig
 from logitcask.engine.config.training import Ablate
 from logitcask.engine.errors import ConfigError, IntegrityError, LogitcaskError
+from logitcask.engine.estimate.left import (
+    Approve,
+    WorkLeft,
+    refuse_full_disk,
+    trainings_left,
+)
 from logitcask.engine.events import EventHandler
 from logitcask.engine.models.digests import read_json, replace_text, write_json
+from logitcask.engine.models.identity import METADATA_FILE, resolve_model
+from logitcask.engine.models.weight_files import weight_files
 from logitcask.engine.store import open_store
 from logitcask.engine.store.cache import UnitCache
-from logitcask.engine.training.run_dir.files import check_same, locked, writing
+from logitcask.engine.training.run_dir.files import METRICS, check_same, locked, writing
 from logitcask.engine.types import NO_DETAIL, Detail, Progress, no_progress
 
 PLAN = "plan.json"
@@ -125,8 +133,9 @@ def ablate(
     *,
     progress: Progress = no_progress,
     on_event: EventHandler = lambda line: None,
+    approve: Approve = refuse_full_disk,
 ) -> AblateReport:
-    """Train the missing runs and write the table.
+    """Train the missing runs and write the table; `approve` gets them before the first one.
 
     A combination that cannot be trained stops the call before the first training, unless
     `skip_refused`. Raises ConfigError, IdentityError (DIR holds another ablation), and the errors
@@ -142,6 +151,7 @@ def ablate(
     with locked(settings.out, on_event):
         plan = _plan(config, set(planned[0].values), settings.out)
         checked = [_checked(_at_snapshot(each, plan), settings.skip_refused) for each in planned]
+        approve(_left(config, checked, settings))
         with writing(settings.out):
             write_json(settings.out / PLAN, plan)
         rows, passes, trained, trainings_s = _trained(config, checked, settings, progress, on_event)
@@ -163,6 +173,36 @@ def ablate(
             replace_text(settings.out / "ablate.json", text)
             replace_text(settings.out / "ablate.md", markdown(result))
     return result
+
+
+def _left(config: TrainConfig, checked: Sequence[Combination], settings: Ablate) -> WorkLeft:
+    """Return the trainings that are left."""
+    trained = [each for each in checked if not each.refused]
+    folders = [
+        settings.out / each.name / f"seed-{config.run.seed + number}"
+        for each in trained
+        for number in range(settings.seeds)
+    ]
+    finished = [each / METRICS for each in folders if (each / METADATA_FILE).is_file()]
+    student = resolve_model(config.student.model, config.student.revision)
+    snapshot = snapshot_of(open_store(config.store.url), config.train.snapshot)
+    rollouts = snapshot.rollouts(config.store.rollouts)
+    return trainings_left(
+        settings.out,
+        done=[_seconds_of(file) for file in finished],
+        total=len(folders),
+        positions=sum(each.counts["P"] for each in rollouts) * config.train.num_train_epochs,
+        weight_bytes=sum(file.stat().st_size for file in weight_files(student)),
+    )
+
+
+def _seconds_of(metrics: Path) -> float:
+    """Return the seconds of a finished training; 0 where its file does not show them."""
+    last = metrics.read_text(errors="replace").splitlines()[-1:] if metrics.is_file() else []
+    try:
+        return float(json.loads("".join(last))["progress/seconds"])
+    except (ValueError, KeyError, TypeError):
+        return 0.0  # the training itself reports the damage
 
 
 def _trained(

@@ -8,6 +8,7 @@ from logitcask.engine.commands.load_teacher import open_teacher
 from logitcask.engine.commands.resolve import columns_in, rendering_of
 from logitcask.engine.config.sections import ScoreConfig
 from logitcask.engine.config.teacher import FILE, Score, is_file
+from logitcask.engine.estimate.left import Approve, WorkLeft, refuse_full_disk, units_left
 from logitcask.engine.events import CancelToken, EventHandler
 from logitcask.engine.models import identity
 from logitcask.engine.prompts.encode import readable
@@ -16,9 +17,11 @@ from logitcask.engine.prompts.source import Source, open_source
 from logitcask.engine.prompts.teacher_context import read_template, templated
 from logitcask.engine.prompts.templates import Rendering
 from logitcask.engine.score.plan import ScoreReport, score
+from logitcask.engine.score.planner import plan_scores
 from logitcask.engine.score.positions_file import read_positions
 from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import Snapshot, Store, open_store
+from logitcask.engine.teachers.remote import is_remote
 from logitcask.engine.types import ModelRef, Progress, Prompt, no_progress
 
 
@@ -27,14 +30,29 @@ def run_score(
     *,
     progress: Progress = no_progress,
     on_event: EventHandler = lambda line: None,
+    approve: Approve = refuse_full_disk,
 ) -> ScoreReport:
-    """Score what is missing."""
+    """Score what is missing; `approve` gets it before the first unit."""
     store = open_store(config.store.url)
     request = score_request(config, store, store.head(), CancelToken(on_event))
     try:
+        approve(_left(config, request, store.head()))
         return score(request, progress=progress)
     finally:
         close_backend(request.scorer)
+
+
+def _left(config: ScoreConfig, request: ScoreRequest, snapshot: Snapshot) -> WorkLeft:
+    planned = plan_scores(request, snapshot)
+    missing = [unit.segment for unit in planned.missing.values()]
+    every = sum(each.counts["N"] for each in snapshot.rollouts(config.store.rollouts))
+    return units_left(
+        config.store.url,
+        config.teacher.name,
+        missing,
+        done=every - sum(each.counts["N"] for each in missing),
+        remote=is_remote(config.teacher.model),
+    )
 
 
 def score_request(

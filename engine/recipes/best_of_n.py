@@ -12,7 +12,7 @@ student's own.
 """
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,11 @@ import numpy as np
 from logitcask.engine.backends.base import close_backend
 from logitcask.engine.commands.load_teacher import backend
 from logitcask.engine.commands.prove import prove
+from logitcask.engine.commands.rollout import rollouts_left
 from logitcask.engine.config.recipes import BestOfN
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.errors import IncompleteError
+from logitcask.engine.estimate.left import Approve, refuse_full_disk
 from logitcask.engine.events import EventHandler
 from logitcask.engine.recipes.kept import Chosen
 from logitcask.engine.recipes.teacher_text import keep_chosen, open_request, teacher_prompts
@@ -59,6 +61,7 @@ def run_best_of_n(
     *,
     progress: Progress = no_progress,
     on_event: EventHandler = lambda line: None,
+    approve: Approve = refuse_full_disk,
 ) -> BestOfNReport:
     """Sample the teacher of a distillation, choose, and keep the chosen responses as rollouts.
 
@@ -72,6 +75,7 @@ def run_best_of_n(
         grader=settings.grader,
         on_event=on_event,
     )
+    approve(replace(rollouts_left(found.config, len(found.prompts)), stage="best-of-n"))
     request = open_request(found)
     try:
         rollout(request, progress=progress)

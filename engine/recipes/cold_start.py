@@ -22,11 +22,13 @@ from logitcask.engine.backends.base import close_backend
 from logitcask.engine.commands.load_teacher import backend
 from logitcask.engine.commands.prove import prove
 from logitcask.engine.commands.resolve import decoder
+from logitcask.engine.commands.rollout import rollouts_left
 from logitcask.engine.commands.train import run_train
 from logitcask.engine.config.recipes import ColdStart
 from logitcask.engine.config.sections import RunConfig, TrainConfig
 from logitcask.engine.config.trainer_args import HUB
 from logitcask.engine.errors import IncompleteError
+from logitcask.engine.estimate.left import Approve, refuse_full_disk
 from logitcask.engine.events import EventHandler
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.prompts.graders import Decode
@@ -78,6 +80,7 @@ def run_cold_start(
     file: str = "CONFIG",
     progress: Progress = no_progress,
     on_event: EventHandler = lambda line: None,
+    approve: Approve = refuse_full_disk,
 ) -> ColdStartReport:
     """Sample the teacher, reject, and fine-tune the student of a distillation.
 
@@ -87,6 +90,9 @@ def run_cold_start(
     found = teacher_prompts(
         config, settings, settings.sampled, prompts=settings.prompts, on_event=on_event
     )
+    first = found.config.store.model_copy(update={"rollouts": f"{settings.sampled}-1"})
+    attempt = found.config.model_copy(update={"store": first})
+    approve(replace(rollouts_left(attempt, len(found.prompts)), stage="cold-start, first attempt"))
     request = open_request(found)
     try:
         attempts, chosen, without = accept(request, found, settings, progress)

@@ -9,6 +9,7 @@ same store.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from logitcask.engine.backends.base import close_backend
@@ -22,6 +23,14 @@ from logitcask.engine.config.section import NAME
 from logitcask.engine.config.sections import RolloutConfig, ScoreConfig
 from logitcask.engine.config.teacher import Score, Teacher
 from logitcask.engine.errors import ConfigError, IdentityError
+from logitcask.engine.estimate.left import (
+    Approve,
+    WorkLeft,
+    combined,
+    refuse_full_disk,
+    sampling_left,
+    scoring_left,
+)
 from logitcask.engine.events import CancelToken, EventHandler
 from logitcask.engine.models import identity
 from logitcask.engine.probes import figures
@@ -76,6 +85,7 @@ def run_compatibility_probe(
     *,
     progress: Progress = no_progress,
     on_event: EventHandler = lambda line: None,
+    approve: Approve = refuse_full_disk,
 ) -> CompatibilityReport:
     """Sample, score and compare; what the store holds already is not repeated.
 
@@ -99,6 +109,7 @@ def run_compatibility_probe(
     cancel = CancelToken(on_event)
     for teacher in candidates.values():
         _check(sample, teacher, cancel)
+    approve(_left(sample, candidates))
     store = _sample_student(sample, progress)
     for name, teacher in candidates.items():
         _ask_teacher(sample, store, name, teacher, cancel, progress)
@@ -108,6 +119,24 @@ def run_compatibility_probe(
     if figure is not None:
         figures.draw_compatibility(figure, report)
     return report
+
+
+def _left(sample: Sample, candidates: Mapping[str, str]) -> WorkLeft:
+    """Return what is left of the rollouts and scores of all models."""
+    config, rollout = sample.config, sample.config.rollout
+    sequences, most = len(sample.prompts) * rollout.n, rollout.max_new_tokens
+    sampling = partial(sampling_left, sequences=sequences, max_new_tokens=most)
+    scoring = partial(scoring_left, sequences=sequences, max_new_tokens=most)
+    url, rollouts = config.store.url, config.store.rollouts
+    parts = [sampling(url, rollouts)]
+    for name, teacher in candidates.items():
+        remote = is_remote(teacher)
+        parts.append(scoring(url, rollouts, name, remote=remote))
+        if sample.grader is not None and not remote:
+            own = sample.own_text(name)
+            parts.append(sampling(url, own))
+            parts.append(scoring(url, own, STUDENT))
+    return combined("probe compatibility", parts)
 
 
 def candidates_of(models: Sequence[str]) -> dict[str, str]:
