@@ -61,6 +61,7 @@ function formatShare(value) {
   if (percent >= 99.95) return percent >= 99.995 ? "100 %" : `${percent.toFixed(2)} %`;
   if (percent >= 10) return `${percent.toFixed(1)} %`;
   if (percent >= 0.01) return `${percent.toFixed(2)} %`;
+  if (percent >= 0.001) return `${percent.toFixed(3)} %`;
   return percent > 0 ? `${percent.toExponential(0)} %` : "0 %";
 }
 

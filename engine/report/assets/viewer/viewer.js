@@ -42,7 +42,7 @@ function makeViewer(root, model, before) {
     filters: make("div", { className: "viewer-filters" }), count: make("p", { className: "note" }),
     list: make("ul", { className: "responses", role: "listbox", tabIndex: 0, ariaLabel: "Responses" }),
     head: make("div", { className: "viewer-head" }), panes: make("div", { className: "panes" }),
-    detail: make("aside", { className: "viewer-detail", ariaLabel: "Details of the token" }),
+    detail: make("aside", { className: "viewer-detail", tabIndex: 0, ariaLabel: "Details of the token" }),
     tip: make("div", { className: "tip", hidden: true }), live: make("p", { className: "unseen", role: "status" }), help: drawHelp(),
   };
   let responses = [];
