@@ -14,6 +14,7 @@ from logitcask.engine.report.sections.dynamics import dynamics
 from logitcask.engine.report.sections.errors import errors_section
 from logitcask.engine.report.sections.live import live_section
 from logitcask.engine.report.sections.positions import positions_section
+from logitcask.engine.report.sections.probes.section import probes_section
 from logitcask.engine.report.sections.provenance import provenance
 from logitcask.engine.report.sections.sizes import store_section
 from logitcask.engine.report.sections.state import FINISHED, run_state
@@ -68,13 +69,13 @@ def build_report(
         ),
         sections=(
             *((ablation_section(Path(target)),) if len(own) > 1 else ()),
-            *_sections(runs),
+            *_sections(runs, probes),
         ),
         viewer=viewer,
     )
 
 
-def _sections(runs: Sequence[RunFacts]) -> tuple[Section, ...]:
+def _sections(runs: Sequence[RunFacts], probes: Sequence[Path]) -> tuple[Section, ...]:
     """Return the sections in the order of the page."""
     first = runs[0]
     goes_on = first.record and run_state(first.path).name != FINISHED
@@ -84,6 +85,7 @@ def _sections(runs: Sequence[RunFacts]) -> tuple[Section, ...]:
         *now,
         *learned,
         positions_section(runs),
+        probes_section(runs, probes),
         store_section(runs),
         timeline_section(runs),
         errors_section(runs),

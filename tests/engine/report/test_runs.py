@@ -31,9 +31,9 @@ def test_targets_are_runs_ablations_and_stores(tmp_path: Path):
     make_store(tmp_path / "st", [make_unit(0)])
     assert find_runs(tmp_path / "st") == ()
     for name in ("objective=opd/seed-1", "objective=opd/seed-0"):
-        make_run(tmp_path / "abl" / name)
-    (tmp_path / "abl" / "plan.json").write_text("{}")
-    assert [path.name for path in find_runs(tmp_path / "abl")] == ["seed-0", "seed-1"]
+        make_run(tmp_path / "grid" / name)
+    (tmp_path / "grid" / "plan.json").write_text("{}")
+    assert [path.name for path in find_runs(tmp_path / "grid")] == ["seed-0", "seed-1"]
 
 
 def test_other_folders_are_refused_with_what_is_near(tmp_path: Path):
