@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # Keeps the working folder off sys.path, where ./kernels would look like another project's package.
 export PYTHONSAFEPATH := 1
 
-.PHONY: dev vllm demo test test-vllm test-real soak check bench clean
+.PHONY: dev vllm demo test screenshots test-vllm test-real soak check bench clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -45,6 +45,10 @@ TRITONS := 3.7.0 3.8.0
 # One torch thread per worker: two cores, two workers.
 test: dev $(ZERO)/.installed .venv-triton-3.6.0/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
+
+# Pictures of the pages that the tests open, in build/screenshots.
+screenshots: dev
+	LOGITCASK_SCREENSHOTS=$(abspath build/screenshots) $(BIN)/pytest tests/browser
 
 # vLLM pins torch and transformers: real vLLM is tested in an environment of its own, another version
 # by `make test-vllm VLLM=0.31.0`, with the newest packages that it allows. The CPU build comes from

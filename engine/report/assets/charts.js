@@ -5,10 +5,10 @@ const COLOURS = 8;
 const COMPACT = new Intl.NumberFormat("en-US", { notation: "compact", maximumSignificantDigits: 3 });
 const DASHES = ["", "6 3", "2 3", "9 3 2 3", "12 4", "2 6"];
 
-/** The colour of a number; after eight the same ones again, paler. */
+/** The colour of a number; after eight the same ones again, nearer to the colour of text. */
 function colour(number) {
   const full = `var(--series-${number % COLOURS})`;
-  return number < COLOURS ? full : `color-mix(in oklab, ${full} 50%, var(--card))`;
+  return number < COLOURS ? full : `color-mix(in oklab, ${full} 50%, var(--text))`;
 }
 
 /** Colours of groups by their names; waiting is pale, work is not. */
@@ -79,7 +79,7 @@ function scaleOf(axis, unit, values, round, most) {
   // Between whole numbers there are no marks.
   const whole = scaled.every(Number.isInteger) ? high - low : Infinity;
   const size = Math.max(Math.abs(low), Math.abs(high));
-  const tickFormat = size >= 1e5 ? COMPACT.format : size && size < 1e-3 ? d3.format(".1~e") : undefined;
+  const tickFormat = size >= 1e5 ? COMPACT.format : size && size < 1e-3 ? (value) => (value ? d3.format(".1~e")(value) : "0") : undefined;
   return { ...label, type: "linear", domain: limits(scaled), nice: round, ticks: Math.max(1, Math.min(whole, most)), tickFormat };
 }
 
@@ -173,8 +173,8 @@ function drawBars(panel, report, width) {
   const groups = unique(panel.bars.map((bar) => bar.group));
   const totals = d3.rollup(panel.bars, (bars) => d3.sum(bars, (bar) => bar.value), (bar) => bar.name);
   const { factor, unit } = unitOf(panel.value, [...totals.values()]);
-  const room = Math.min(width * 0.42, 24 + 6.6 * d3.max(names, (name) => name.length));
-  const letters = Math.floor((room - 16) / 6.6);
+  const room = Math.min(width * 0.42, 24 + 7 * d3.max(names, (name) => name.length));
+  const letters = Math.floor((room - 16) / 7);
   const grouped = groups.length > 1 || groups[0] !== "";
   const colours = coloursOf(groups);
   const fill = (bar) => colours.get(bar.group);
@@ -184,7 +184,7 @@ function drawBars(panel, report, width) {
     marginTop: 6,
     marginLeft: room,
     marginRight: beyond,
-    x: { label: axisLabel(panel.value, unit), labelArrow: "none", ticks: Math.max(2, width / 160), nice: true },
+    x: { label: axisLabel(panel.value, unit), labelArrow: "none", domain: [Math.min(0, ...totals.values()) * factor, Math.max(0, ...totals.values()) * factor || 1], ticks: Math.max(2, width / 160), nice: true },
     y: { label: null, domain: names, tickFormat: (name) => shorten(name, letters), tickSize: 0 },
     marks: [
       Plot.gridX({ strokeOpacity: 0.12 }),

@@ -16,18 +16,20 @@ function drawHeat(panel, report, width) {
   // Names of columns that would touch are left out, evenly.
   const widest = 10 + 6.6 * (d3.max(panel.xs, (name) => name.length) ?? 1);
   const step = Math.max(1, Math.ceil((panel.xs.length * widest) / Math.max(1, width - room - 16)));
+  const rows = Math.max(160, Math.min(26 * panel.ys.length, 420));
+  const stepY = Math.max(1, Math.ceil((14 * panel.ys.length) / rows));
   const text = (cell) => [
     `${panel.x.name} ${cell.x}`, `${panel.y.name} ${cell.y}`,
     `${panel.value.name} ${Number.isFinite(cell.value) ? formatValue(cell.value, panel.value) : "no value"}`,
   ].join("\n");
   const hatch = `hatch-${hatches++}`;
   const chart = plot(width, {
-    height: 58 + Math.max(160, Math.min(26 * panel.ys.length, 420)),
+    height: 58 + rows,
     marginLeft: room,
     marginTop: 10,
     padding: 0.04,
     x: { label: axisLabel(panel.x, panel.x.unit), labelArrow: "none", domain: panel.xs, ticks: panel.xs.filter((_, index) => index % step === 0), tickRotate: 0 },
-    y: { label: axisLabel(panel.y, panel.y.unit), labelArrow: "none", domain: panel.ys, tickFormat: (name) => shorten(name, Math.floor((room - 24) / 6.6)) },
+    y: { label: axisLabel(panel.y, panel.y.unit), labelArrow: "none", domain: panel.ys, ticks: panel.ys.filter((_, index) => index % stepY === 0), tickFormat: (name) => shorten(name, Math.floor((room - 24) / 6.6)) },
     color: {
       type: panel.value.form === "log" ? "log" : "linear", scheme: "viridis",
       label: axisLabel(panel.value, unit), domain: limits(known.map((cell) => cell.value * factor)),

@@ -29,6 +29,7 @@ function refresh(data) {
   byId("nav").replaceChildren(...sections.map((section) =>
     make("a", { href: `#${section.id}`, textContent: section.querySelector("h2").textContent })));
   markSection();
+  if (!document.querySelector(".chart")) document.documentElement.dataset.drawn = "all";
 }
 
 /** Put `wanted` into `parent` in this order; what is there already is not moved without need. */
