@@ -12,7 +12,7 @@ from logitcask.engine.report.viewer.columns import Columns
 from logitcask.engine.report.viewer.measures import MEASURES
 from logitcask.engine.report.viewer.pack import STEPS, packed
 from logitcask.engine.report.viewer.rows import CUTS, Cut, rows_of
-from logitcask.engine.report.viewer.sources import Loaded, Response, Source, load
+from logitcask.engine.report.viewer.sources import MOST_POSITIONS, Loaded, Response, Source, load
 from logitcask.engine.report.viewer.texts import TokenTexts, token_texts
 
 MOST_BYTES = 1_150_000
@@ -49,7 +49,9 @@ def viewer_data(
     Raises ConfigError for unknown rollouts, IdentityError or ModelError for a
     `tokenizer` that does not fit, IntegrityError for damage.
     """
-    loaded = [each for each in map(load, _distinct(sources)) if each is not None]
+    distinct = _distinct(sources)
+    most = MOST_POSITIONS // max(1, len(distinct))
+    loaded = [found for each in distinct if (found := load(each, most)) is not None]
     if not any(each.responses for each in loaded):
         return None
     texts = [token_texts(each.source, each.rollouts, tokenizer) for each in loaded]

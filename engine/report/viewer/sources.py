@@ -1,7 +1,7 @@
 """Stores as sources of the viewer: their responses, and the segments that are read.
 
-A page is made in seconds, also of a store of millions of positions: at most MOST_POSITIONS of a
-source are read, as whole segments that are spread over the versions of the student.
+A page is made in seconds, also of stores of millions of positions: about MOST_POSITIONS are read of
+all sources together, as whole segments that are spread over the versions of the student.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from logitcask.engine.store.format.ragged import starts
 from logitcask.engine.store.inspect import choose
 
 MOST_POSITIONS = 131_072
-"""Response positions of a source that are read, about: about a second for each teacher."""
+"""Response positions that are read, about: a second for each teacher."""
 MOST_TEACHERS = 2
 
 
@@ -92,8 +92,8 @@ class Loaded:
     """Of these rollouts in the store."""
 
 
-def load(source: Source, most: int = MOST_POSITIONS) -> Loaded | None:
-    """Read a source; None where its snapshot has no rollouts.
+def load(source: Source, most: int) -> Loaded | None:
+    """Read about `most` positions of a source; None where its snapshot has no rollouts.
 
     Raises ConfigError for unknown rollouts, IntegrityError for damage.
     """

@@ -58,6 +58,7 @@ function makeViewer(root, model, before) {
   /** All that a changed measure, teacher, filter or order changes. */
   function changed() {
     drawLegend(parts.legend, state.measure);
+    parts.tip.hidden = true;
     responses = chosenResponses(model, state);
     drawResponses(parts.list, model, responses, state);
     parts.count.textContent = `${formatNumber(responses.length)} of ${formatNumber(model.sequences.length)} responses`;

@@ -176,3 +176,10 @@ def test_rollouts_without_scores_and_stores_without_rollouts(tmp_path: Path) -> 
     assert viewer_data([source(empty)]) is None
     with pytest.raises(ConfigError, match="--rollouts nothing: the store has main"):
         viewer_data([source(bare, rollouts="nothing", teachers=("big",))])
+
+
+def test_another_version_of_the_prompt_follows_a_bad_response() -> None:
+    found = [response(i, f"p{i // 3}", i % 3, kl=0.1) for i in range(30)]
+    found[16] = response(16, "p5", 1, kl=3.0)
+    chosen = choose(found, 4)
+    assert chosen[1:3] == [16, 15]
