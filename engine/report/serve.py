@@ -34,6 +34,8 @@ STATE = "Logitcask-State"
 """Header of an answer: `running`, `finished` or `stopped`, as of `run_state`."""
 EVERY_S = 2.0
 """Seconds between two reports, and between two requests of a page."""
+REST = 4
+"""Times the seconds of a build that pass before the next: a run may need the processors itself."""
 STOP_S = 0.1
 """Seconds between two looks for the end."""
 JSON_PATH = "report.json"
@@ -50,7 +52,10 @@ class Answer(NamedTuple):
 
 
 class LiveReport:
-    """A report that is built again when its runs or stores have moved, every `every_s` at most."""
+    """A report that is built again when its runs or stores have moved.
+
+    That is every `every_s` at most, and less often where a build takes long.
+    """
 
     def __init__(
         self,
@@ -64,14 +69,15 @@ class LiveReport:
         self._build, self._watch, self._every_s, self._clock = build, watch, every_s, clock
         self._lock = threading.Lock()
         """Of this process: requests come from several threads."""
-        self._etag, self._checked_at = "", clock()
+        self._etag, self._took_s = "", 0.0
         self._answer = self._built()
+        self._checked_at = clock()
 
     def answer(self) -> Answer:
         """Return the newest report. Raises as `build`, and builds again at the next call then."""
         with self._lock:
             now = self._clock()
-            if now - self._checked_at >= self._every_s or not self._etag:
+            if now - self._checked_at >= max(self._every_s, REST * self._took_s) or not self._etag:
                 self._checked_at, self._etag = now, ""
                 if self._watch.state() != self._answer.etag:
                     self._answer = self._built()
@@ -80,9 +86,9 @@ class LiveReport:
 
     def _built(self) -> Answer:
         # First, so that what moves while the report is built is seen at the next look.
-        etag = self._watch.state()
+        etag, begun_s = self._watch.state(), self._clock()
         report = self._build()
-        self._etag = etag
+        self._etag, self._took_s = etag, self._clock() - begun_s
         body = report_json(report).encode()
         return Answer(report=report, body=body, etag=etag, state=self._watch.run_state())
 

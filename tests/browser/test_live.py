@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
+from logitcask.engine.report.build import build_report
 from logitcask.engine.report.notebook import show
 from logitcask.engine.report.panels import Report
-from logitcask.engine.report.runs import open_run
-from logitcask.engine.report.sections.dynamics import dynamics
 from logitcask.engine.report.serve import Served, serve
 
 WAIT_MS = 60_000
@@ -44,7 +43,7 @@ def run(tmp_path: Path) -> Path:
 
 
 class Server:
-    """A server of the dynamics of a run, in a thread."""
+    """A server of a run, in a thread."""
 
     def __init__(self, run: Path) -> None:
         self._run, self._stop, begun = run, threading.Event(), threading.Event()
@@ -62,14 +61,7 @@ class Server:
         assert begun.wait(60)
 
     def _report(self) -> Report:
-        return Report(
-            title="run",
-            made="2026-01-01T00:00:00+00:00",
-            version="0",
-            runs=("run",),
-            summary=(),
-            sections=(dynamics([open_run(self._run)]),),
-        )
+        return build_report(self._run, sequences=0)
 
     def end(self) -> None:
         self._stop.set()
@@ -86,7 +78,7 @@ def server(run: Path) -> Iterator[Server]:
 def test_a_new_update_comes_to_the_open_page(open_page, shoot, server: Server, run: Path) -> None:
     opened = open_page(server.url, origin=server.url.split("?")[0])
     rows = opened.locator("#panel-loss details tbody tr")
-    state = opened.locator("#live [role=status]")
+    state = opened.locator("#freshness [role=status]")
     assert state.inner_text() == "Live"
     opened.locator("#panel-loss details").first.evaluate("each => each.open = true")
     assert rows.count() == 3
@@ -97,9 +89,10 @@ def test_a_new_update_comes_to_the_open_page(open_page, shoot, server: Server, r
         file.write(line(4) + "\n" + line(5)[:20])  # the last line is not whole yet
     expect(rows).to_have_count(4, timeout=WAIT_MS)
     assert "0.25" in rows.last.inner_text()
+    assert "4" in opened.locator("#panel-live-now tbody").inner_text()
     assert opened.locator("html").get_attribute("data-theme") == theme
     assert opened.evaluate("scrollY") == 120
-    assert re.fullmatch(r"Live\s*, news [0-9]+ s ago", opened.locator("#live").inner_text())
+    assert re.fullmatch(r"Live\s*, news [0-9]+ s ago", opened.locator("#freshness").inner_text())
     shoot(opened, "live")
     (run / ".lock").unlink()
     expect(state).to_have_text("Run has stopped before its end", timeout=WAIT_MS)
@@ -108,8 +101,10 @@ def test_a_new_update_comes_to_the_open_page(open_page, shoot, server: Server, r
 def test_a_lost_server_is_said(open_page, server: Server) -> None:
     opened = open_page(server.url, origin=server.url.split("?")[0], expect_faults=True)
     server.end()
-    expect(opened.locator("#live [role=status]")).to_have_text("Connection lost", timeout=WAIT_MS)
-    assert "last answer" in opened.locator("#live").inner_text()
+    expect(opened.locator("#freshness [role=status]")).to_have_text(
+        "Connection lost", timeout=WAIT_MS
+    )
+    assert "last answer" in opened.locator("#freshness").inner_text()
 
 
 def test_a_page_without_the_token_holds_nothing(browser, server: Server) -> None:

@@ -16,7 +16,7 @@ const light = make("span", { className: "light", ariaHidden: "true" });
 // The state alone is read aloud when it changes, the age would be every second.
 const stateText = make("span", { role: "status" });
 const ageText = make("span", { className: "age" });
-byId("theme").before(make("p", { id: "live", className: "live" }, light, stateText, ageText));
+byId("theme").before(make("p", { id: "freshness", className: "live" }, light, stateText, ageText));
 
 /** 3 s, 5 min or 2 h. */
 function age(since) {

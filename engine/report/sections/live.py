@@ -100,7 +100,13 @@ def _now(facts: RunFacts, pace: Pace | None) -> Table:
         rows.append(("Time left", "-", "not known before the second logged update"))
     else:
         of = "" if pace.planned is None else f" of {pace.planned:,}"
-        rows.append(("Updates", f"{pace.done:,}{of}", f"newest logged line, {utc(pace.at)} UTC"))
+        rows.append(
+            (
+                "Updates",
+                f"{pace.done:,}{of}",
+                f"newest logged line, {utc(pace.at, day_of=pace.at)} UTC",
+            )
+        )
         rows.append(
             (
                 "Seconds an update",
@@ -111,7 +117,7 @@ def _now(facts: RunFacts, pace: Pace | None) -> Table:
         if pace.left_s is None:
             rows.append(("Time left", "-", "run.json does not say how many updates there are"))
         elif state.name == RUNNING:
-            end = utc(pace.at + pace.left_s)
+            end = utc(pace.at + pace.left_s, day_of=pace.at)
             why = f"{pace.left:,} updates at that pace; evaluations and the last save come on top"
             rows.append(("Time left", f"{duration(pace.left_s)}, until {end} UTC", why))
     return Table(
@@ -354,9 +360,13 @@ def _evaluation(facts: RunFacts) -> Table | None:
     )
 
 
-def utc(seconds: float) -> str:
-    """Return a time in UTC; seconds since 1970."""
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
+def utc(seconds: float, *, day_of: float | None = None) -> str:
+    """Return a time in UTC, without its date where that is the one of `day_of`.
+
+    Both are in seconds since 1970.
+    """
+    date, time = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S").split()
+    return time if day_of is not None and utc(day_of).startswith(date) else f"{date} {time}"
 
 
 def duration(seconds: float) -> str:

@@ -87,7 +87,7 @@ def test_queue_rounds_and_pace_are_those_of_the_store_and_the_metrics(
     now = {row[0]: row[1] for row in found["live-now"].rows}
     assert now["State"] == "running"
     assert now["Updates"] == "4 of 10"
-    assert now["Time left"] == "18 s, until 2027-01-15 08:00:18 UTC", "6 updates of 3 s"
+    assert now["Time left"] == "18 s, until 08:00:18 UTC", "6 updates of 3 s"
     (train,) = [row for row in found["live-rates"].rows if row[0] == "train"]
     assert train == ("train", pytest.approx(100 / 3), 9.0, pytest.approx(20.0), None)
     assert {each.title for each in section.absent} == {"Processes", "Last evaluation"}
@@ -193,6 +193,12 @@ def test_lines_are_thinned_and_keep_their_end() -> None:
     (panel,) = live._made({"rollout": commits, "score": Commits(times=(), positions=())})
     assert isinstance(panel, Lines)
     assert (panel.series[0].x[-1], panel.series[0].y[-1]) == (99.0, 200.0)
+
+
+def test_a_time_of_another_day_has_its_date() -> None:
+    day = 1_800_000_000.0
+    assert live.utc(day + 3600, day_of=day) == "09:00:00"
+    assert live.utc(day + 86_400, day_of=day) == "2027-01-16 08:00:00"
 
 
 def test_durations_have_two_units() -> None:

@@ -168,6 +168,21 @@ def test_a_check_without_news_builds_nothing(run: Path) -> None:
     assert builds.count == 2
 
 
+def test_slow_builds_leave_most_of_the_time_to_the_run(run: Path) -> None:
+    now, builds = [0.0], Builds()
+
+    def slow() -> Report:
+        now[0] += 3.0
+        return builds()
+
+    live = LiveReport(slow, Watch([run]), every_s=2.0, clock=lambda: now[0])
+    (run / "ledger.jsonl").write_text("{}\n")
+    for later, count in ((3 + 11.9, 1), (3 + 12.0, 2)):
+        now[0] = later
+        live.answer()
+        assert builds.count == count
+
+
 def test_the_state_moves_with_runs_and_stores(run: Path) -> None:
     watch, seen = Watch([run]), []
 
