@@ -157,6 +157,9 @@ def _print_findings(findings: Iterable[Finding], form: str) -> None:
     if form == "json":
         print_result({"checks": [asdict(each) for each in found]}, form)
     faults = [each for each in found if each.state == "fault"]
+    if not faults and form == "text":
+        notes = sum(each.state == "note" for each in found)
+        click.echo(f"no fault in {len(found)} checks, {notes} notes")
     if faults:
         raise IdentityError(
             f"{len(faults)} of {len(found)} checks found a fault, the first: {faults[0].check}",

@@ -111,7 +111,8 @@ def tracked_sources() -> set[str]:
         f"logitcask/{path.relative_to(ROOT).as_posix()}"
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
-        if path.suffix in (".py", ".md", ".toml", ".js", ".css", ".html") or path.name == "py.typed"
+        if path.suffix in (".py", ".md", ".toml", ".js", ".css", ".html")
+        or path.name in ("py.typed", "LICENSE")
     }
 
 

@@ -42,6 +42,8 @@ class _Model:
 
 def check_configuration(config: RunConfig) -> Iterator[Finding]:
     """Check what a configuration needs; nothing is downloaded, and no weights are read."""
+    from logitcask.engine.training.run_dir.files import RUN
+
     yield _checked("settings", lambda: _settings(config))
     models: dict[str, _Model] = {}
     names = {"student": config.student.model}
@@ -64,6 +66,12 @@ def check_configuration(config: RunConfig) -> Iterator[Finding]:
         yield need
     yield from check_store(config.store.url, create=True)
     yield from check_folder(config.run.out, "run.out")
+    if (config.run.out / RUN).is_file():
+        yield Finding(
+            check="run",
+            state="ok",
+            message=f"{config.run.out} holds a run, which the same settings resume",
+        )
 
 
 def check_store(url: str, *, create: bool = False) -> Iterator[Finding]:

@@ -26,6 +26,7 @@ from logitcask.engine.teachers.token_maps import compare_folders
 Tables = dict[str, Any]
 """Section -> key -> value."""
 
+STORE = "store"
 ROUNDS, PROMPTS_PER_ROUND = 100, 64
 MAX_NEW_TOKENS = 2048
 
@@ -87,6 +88,7 @@ def draft(answers: Answers, base: Path, overrides: Sequence[str] = ()) -> Draft:
     columns = {key: value for key, value in section.items() if key in Columns.model_fields}
     source = find_prompts(answers.prompts, Columns(**columns))
     own, notes = _of_pair(answers, student, teacher)
+    own["run"]["out"], own["store"]["rollouts"] = _free(base)
     if source is not None:
         count = sum(1 for _ in source.texts())
         own["loop"]["prompts_per_round"] = min(PROMPTS_PER_ROUND, count)
@@ -145,12 +147,12 @@ def _of_pair(
         notes.append(f"--recipe {pair} has published settings of this pair")
     return {
         **names,
-        "store": {"url": "store"},
+        "store": {"url": STORE},
         "rollout": {"n": 4, "max_new_tokens": new},
         "eval": {"max_new_tokens": new},
         "train": {"objective": Train().objective, "learning_rate": rate},
         "loop": {"rounds": ROUNDS, "prompts_per_round": PROMPTS_PER_ROUND},
-        "run": {"out": "run"},
+        "run": {},
     }, notes
 
 
@@ -202,6 +204,14 @@ def needs_template(source: Source | None, student: Path | None) -> bool | None:
         return True if first.is_chat else None
     has = bool(load_tokenizer(student).chat_template)
     return has if first.is_chat or not has else None
+
+
+def _free(base: Path) -> tuple[str, str]:
+    """Return names of a run and of its rollouts that no earlier run in this folder has."""
+    number = 1
+    while (base / (name := "run" if number == 1 else f"run-{number}")).exists():
+        number += 1
+    return name, "main" if number == 1 else name
 
 
 def _template(answers: Answers, source: Source | None, student: Path | None) -> bool:

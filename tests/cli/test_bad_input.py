@@ -40,6 +40,8 @@ USAGE = [
     Case("missing", "score --store x --teacher t", 2, "--model", "logitcask score --help"),
     Case("not a number", f"{ROLL} OUT --n x", 2, "'x' is not a valid integer", "rollout --help"),
     Case("not a choice", f"{ROLL} OUT --dtype float16", 2, "'float16'", "rollout --help"),
+    Case("answer", "init --student x", 2, "--teacher, --prompts is missing", "init --help"),
+    Case("checked file", "doctor @no.toml", 2, "no.toml: No such file", "path of a TOML file"),
     Case("shell", "completion tcsh", 2, "'tcsh' is not one of", "completion --help"),
     Case("no run", "report @p.jsonl", 2, "p.jsonl is no folder", "it holds run.json"),
     Case("a page's place", "report STORE -o @student", 2, "student is a folder", "report.html"),

@@ -36,10 +36,16 @@ def test_distill_accepts_the_file_as_it_is(world: World, call: Any) -> None:
     # The context of 256 tokens is shared by prompt and response, and the file has 8 prompts.
     assert (config.rollout.max_new_tokens, config.loop.prompts_per_round) == (128, 8)
     assert (config.teacher.name, config.train.learning_rate) == ("teacher", 1e-3)
+    assert (config.store.rollouts, config.run.out) == ("main", world.path / "run")
     again = call(f"{PAIR} -o {file}")
     again.assert_error(2, "is there already", "--force")
     assert call(f"{PAIR} -o {file} --force --set rollout.n=2").code == 0
     assert read_toml(world.at(file)).rollout.n == 2
+    folder = world.at(world.new("second"))
+    (folder / "run").mkdir(parents=True)
+    assert call(f"{PAIR} -o {folder}/d.toml").code == 0
+    config = read_toml(folder / "d.toml")
+    assert (config.store.rollouts, config.run.out) == ("run-2", folder / "run-2")
 
 
 def test_every_key_has_its_help_and_every_comment_is_a_key(world: World, call: Any) -> None:
