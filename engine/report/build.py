@@ -55,6 +55,9 @@ def build_report(
             hint="give the folder of a run, or leave --compare out",
         )
     paths = [*own, *others]
+    for at, path in enumerate(paths):
+        if path.resolve() in {each.resolve() for each in paths[:at]}:
+            raise ConfigError(f"--compare {path}: it is there twice", hint="give every run once")
     runs = open_runs(paths[:MOST_RUNS]) if paths else (store_alone(target),)
     viewer, not_shown = _viewer(runs, tokenizer, sequences)
     return Report(

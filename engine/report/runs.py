@@ -171,19 +171,12 @@ def _store_of(record: Mapping[str, Any]) -> tuple[Store | None, Snapshot | None,
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """Return the shortest ends of the paths that are all different; equal paths get a number."""
-    most = max((len(path.parts) for path in paths), default=0)
-    names = [path.name for path in paths]
-    for length in range(1, most + 1):
-        names = ["/".join(path.parts[-length:]) for path in paths]
-        if len({*names}) == len({*paths}):
-            break
-    seen: dict[str, int] = {}
-    for at, name in enumerate(names):
-        seen[name] = seen.get(name, 0) + 1
-        if seen[name] > 1:
-            names[at] = f"{name} ({seen[name]})"
-    return names
+    """Return the shortest ends of different paths that are all different."""
+    assert len({*paths}) == len(paths), "each path comes once"
+    length = 1
+    while len({path.parts[-length:] for path in paths}) < len(paths):
+        length += 1
+    return ["/".join(path.parts[-length:]).replace("//", "/") for path in paths]
 
 
 def read_lines(path: Path) -> tuple[Mapping[str, Any], ...]:

@@ -46,4 +46,6 @@ def test_a_run_another_one_and_their_store(world: World, call: Any):
     call(f"report @st -o {page}").assert_error(2, "is no report of ours", "report.html")
     call(f"report @st --compare {runs[0]} -o @new.html").assert_error(2, "is a store", "--compare")
     call(f"report {runs[0]} --compare @st -o @new.html").assert_error(2, "st is a store", "a run")
+    twice = f"report {runs[0]} --compare {runs[0]} -o @new.html"
+    call(twice).assert_error(2, "it is there twice", "every run once")
     assert not world.at("@new.html").exists()

@@ -39,12 +39,14 @@ def summary(
         name = first.name if len(runs) > 1 else ""
         found += _what(first, name)
         found += accuracy(first, teacher_accuracy, name)
+        found += held_out(first, name)
         found += learned(first)
         found += trouble(first)
     found += stored(first)
     for other in runs[own:]:
         found += _what(other, other.name)
         found += accuracy(other, teacher_accuracy, other.name)
+        found += held_out(other, other.name)
         found += overlap(other, other.name)
     return tuple(found)
 
@@ -103,6 +105,22 @@ def accuracy(run: RunFacts, teacher: float | None = None, name: str = "") -> Ite
         text += f": the student closed {percent(share, 0)} of the gap to the teacher"
         state = "good" if share >= RECOVERED else "neutral"
     yield Sentence(text=f"{text}.", state=state)
+
+
+def held_out(run: RunFacts, name: str = "") -> Iterator[Sentence]:
+    """Yield loss and overlap mass of held-out rows before and after; their errors are not known."""
+    lines = [line for line in run.evaluated if line.get("eval/loss") is not None]
+    if len(lines) < 2:
+        return
+    first, last = lines[0], lines[-1]
+    text = f"{name}: on held-out rows" if name else "On held-out rows"
+    text += f" the loss went from {first['eval/loss']:.3g} to {last['eval/loss']:.3g} nats"
+    key = "eval/overlap/mass_student"
+    before, after = first.get(key), last.get(key)
+    if before is not None and after is not None:
+        both = Change(before=before, after=after, window=1, error=None)
+        text += " and the overlap mass from {} to {} %".format(*_pair(both, percent=True))
+    yield Sentence(text=f"{text}, between update {step_of(first):,} and {step_of(last):,}.")
 
 
 def learned(run: RunFacts) -> Iterator[Sentence]:

@@ -49,8 +49,9 @@ def test_other_folders_are_refused_with_what_is_near(tmp_path: Path):
 
 
 def test_names_are_as_short_as_they_can_be():
-    names = distinct_names([Path("/x/a/run"), Path("/x/b/run"), Path("/x/b/run")])
-    assert names == ["a/run", "b/run", "b/run (2)"]
+    paths = [Path("/x/a/run"), Path("/x/b/run"), Path("/x/b/c")]
+    assert distinct_names(paths) == ["a/run", "b/run", "b/c"]
+    assert distinct_names([Path("/run"), Path("/a/run")]) == ["/run", "a/run"]
     assert distinct_names([Path("/x/a/run")]) == ["run"]
 
 

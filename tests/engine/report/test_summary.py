@@ -14,6 +14,7 @@ from logitcask.engine.report.runs import RunFacts
 from logitcask.engine.report.sections.summary import (
     accuracy,
     duration,
+    held_out,
     learned,
     moved,
     overlap,
@@ -162,6 +163,19 @@ def test_accuracy_and_the_gap_to_the_teacher():
     (once,) = texts(accuracy(evaluated({"eval/accuracy": 0.25}), name="b"))
     assert once == ("neutral", "b: accuracy is 25.0 % after 0 updates.")
     assert texts(accuracy(evaluated())) == []
+
+
+def test_held_out_rows():
+    rows = [{"eval/loss": 0.2, "eval/overlap/mass_student": 0.9}, {"eval/loss": 0.1}]
+    assert texts(held_out(evaluated(*rows))) == [
+        ("neutral", "On held-out rows the loss went from 0.2 to 0.1 nats, between update 0 and 10.")
+    ]
+    rows[1]["eval/overlap/mass_student"] = 0.91
+    assert (
+        "0.1 nats and the overlap mass from 90.0 to 91.0 %,"
+        in texts(held_out(evaluated(*rows)))[0][1]
+    )
+    assert texts(held_out(evaluated(rows[0]))) == []
 
 
 def test_trouble_and_nothing_else(tmp_path: Path):
