@@ -18,6 +18,7 @@ from logitcask.engine.training.run_dir.files import CHECKPOINTS
 from logitcask.engine.workers.failures import first_line
 from logitcask.engine.workers.timeline import read_timeline
 
+_UNITS, _PROCESSES, _BOUNDS = "Failed units", "Processes", "Updates beyond a bound"
 MOST_UNITS = 50
 """Failed units in the table."""
 MOST_LOG_BYTES = 16 * 2**20
@@ -29,21 +30,40 @@ _START = re.compile(rb"^--- \d{4}-\d\d-\d\dT", re.MULTILINE)
 def errors_section(runs: Sequence[RunFacts]) -> Section:
     """Build failed units, processes that died, and updates beyond the bounds, of all runs.
 
-    A store alone is a run with an empty record. A kind of error that has not come is an Absent.
+    A store alone is a run with an empty record. A kind of error that has not come is a line of the
+    last table, and one that nothing could show is an Absent.
     """
     panels: list[Panel] = []
     absent: list[Absent] = []
-    for made in (_units(runs), _processes(runs), _bounds(runs)):
-        if isinstance(made, Absent):
+    none: list[tuple[str, str]] = []
+    for title, made in (
+        (_UNITS, _units(runs)),
+        (_PROCESSES, _processes(runs)),
+        (_BOUNDS, _bounds(runs)),
+    ):
+        if isinstance(made, str):
+            none.append((title, made))
+        elif isinstance(made, Absent):
             absent.append(made)
         else:
             panels.append(made)
+    if none:
+        panels.append(
+            Table(
+                id="errors-none",
+                title="No errors" if len(panels) == 0 else "No errors of these kinds",
+                how="Kinds of errors that were looked for, and did not come.",
+                columns=(Axis(name="kind"), Axis(name="found")),
+                rows=tuple(none),
+            )
+        )
     return Section(
         id="errors", title="Errors and retries", panels=tuple(panels), absent=tuple(absent)
     )
 
 
-def _units(runs: Sequence[RunFacts]) -> Table | Absent:
+def _units(runs: Sequence[RunFacts]) -> Table | Absent | str:
+    """Return the failed units; a sentence where none has failed."""
     stores: dict[str, tuple[Store, Snapshot]] = {}
     for facts in runs:
         if facts.store is not None and facts.snapshot is not None:
@@ -53,15 +73,14 @@ def _units(runs: Sequence[RunFacts]) -> Table | Absent:
         for store, snapshot in stores.values()
         for key, times in failed_units(store.storage).items()
     ]
-    title = "Failed units"
     if not stores:
-        return Absent(title=title, why="there is no store to look into")
+        return Absent(title=_UNITS, why="there is no store to look into")
     if not failed:
-        return Absent(title=title, why="none: the store has no note of a unit that failed")
+        return "none: the store has no note of a unit that failed"
     some = "" if len(failed) <= MOST_UNITS else f" {MOST_UNITS} of {len(failed):,} are shown."
     return Table(
         id="errors-units",
-        title=title,
+        title=_UNITS,
         how="Units of rollout or score that raised an error, with the last one. Workers try a unit "
         "again until it failed too often; `logitcask store retry-failed` lets them begin again."
         f"{some}",
@@ -86,7 +105,7 @@ def _unit(store: Store, snapshot: Snapshot, key: str, times: int) -> tuple[str |
     return short, times, now, f"{last.error}: {first_line(last.message)}", last.worker, last.time
 
 
-def _processes(runs: Sequence[RunFacts]) -> Table | Absent:
+def _processes(runs: Sequence[RunFacts]) -> Table | str:
     """Return processes that were started again, or that ended within a piece of work."""
     rows, logs = list[tuple[str | float | None, ...]](), 0
     for facts in runs:
@@ -110,13 +129,12 @@ def _processes(runs: Sequence[RunFacts]) -> Table | Absent:
         if damaged:
             words = f"{damaged} damaged checkpoints were kept aside, and not resumed from"
             rows.append((facts.name, "train", None, None, words))
-    title = "Processes"
     if not rows:
-        why = "none was started again" if logs else "this run has one process and no logs of others"
-        return Absent(title=title, why=f"{why}; no checkpoint was damaged")
+        why = "none was started again" if logs else "there is one, and no logs of others"
+        return f"{why}; no checkpoint was damaged"
     return Table(
         id="errors-processes",
-        title=title,
+        title=_PROCESSES,
         how="Starts count restarts after a death, and commands that resumed. Work without an end "
         "is that in which a process died.",
         columns=(
@@ -137,20 +155,18 @@ def _log(file: Path) -> tuple[int, str]:
     return len(_START.findall(data)), last.decode(errors="replace")
 
 
-def _bounds(runs: Sequence[RunFacts]) -> Table | Absent:
-    """Return for each bound the updates beyond it."""
+def _bounds(runs: Sequence[RunFacts]) -> Table | Absent | str:
+    """Return for each bound the updates beyond it; a sentence where there are none."""
     rows = [row for facts in runs if facts.updates for row in _beyond(facts)]
-    title = "Updates beyond a bound"
+    if not any(facts.updates for facts in runs):
+        return Absent(title=_BOUNDS, why="there are no lines of updates")
     if not rows:
-        why = "no bound counts: the objective is exact however old the rollouts are"
-        none = not any(facts.updates for facts in runs)
-        return Absent(title=title, why="there are no lines of updates" if none else why)
+        return "no bound counts: the objective is exact however old the rollouts are"
     if not any(row[3] for row in rows):
-        names = ", ".join(sorted({str(row[1]) for row in rows}))
-        return Absent(title=title, why=f"none; looked at {names}")
+        return f"none; looked at {', '.join(sorted({str(row[1]) for row in rows}))}"
     return Table(
         id="errors-bounds",
-        title=title,
+        title=_BOUNDS,
         how="Updates whose student was too far from the one that sampled their rows. The action is "
         "--staleness-action: off changes nothing.",
         columns=(

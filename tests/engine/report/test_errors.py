@@ -19,7 +19,7 @@ def test_failed_units_with_their_last_error(tmp_path: Path) -> None:
     note_failure(store.storage, done, ModelError("a", hint="b"), "w0")
     for message in ("first", "out of memory\nmore"):
         note_failure(store.storage, lost, ValueError(message), "w1")
-    (units,) = errors_section([facts_of(store)]).panels
+    (units, _) = errors_section([facts_of(store)]).panels
     assert isinstance(units, Table)
     assert sorted(row[:5] for row in units.rows) == sorted(
         [
@@ -30,7 +30,7 @@ def test_failed_units_with_their_last_error(tmp_path: Path) -> None:
     (note,) = (tmp_path / "s" / "failed" / "ab").glob("*1")
     note.chmod(0o644)
     note.write_text("no note")
-    (units,) = errors_section([facts_of(store)]).panels
+    (units, _) = errors_section([facts_of(store)]).panels
     assert isinstance(units, Table)
     assert any("not a note of a failure" in str(row[3]) for row in units.rows)
 
@@ -79,7 +79,8 @@ def test_updates_beyond_the_bounds() -> None:
     ):
         facts = facts_of(None, record={"preset": preset, "settings": bounds}, metrics=lines)
         ledger = ({"update": 1}, {"update": 2, "resampled": ["a", "b"]})
-        (found,) = errors_section([replace(facts, ledger=ledger)]).panels
+        (found, none) = errors_section([replace(facts, ledger=ledger)]).panels
+        assert none.title == "No errors of these kinds"
         assert isinstance(found, Table)
         again = ("run", "units sampled again", "0", 1, 2, 2, 2, "resample")
         assert list(found.rows) == [*(("run", *row, "resample") for row in rows), again]
@@ -89,16 +90,25 @@ def test_none_is_a_sentence(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s", [make_unit(0)])
     line = {"loss": 1.0, "progress/step": 1, "cache/coverage": 0.9}
     section = errors_section([facts_of(store, record={"preset": "overlap"}, metrics=(line,))])
-    assert not section.panels
-    assert [each.why for each in section.absent] == [
-        "none: the store has no note of a unit that failed",
-        "this run has one process and no logs of others; no checkpoint was damaged",
-        "none; looked at cache/coverage",
-    ]
+    assert not section.absent
+    (none,) = section.panels
+    assert isinstance(none, Table)
+    assert none.title == "No errors"
+    assert none.rows == (
+        ("Failed units", "none: the store has no note of a unit that failed"),
+        ("Processes", "there is one, and no logs of others; no checkpoint was damaged"),
+        ("Updates beyond a bound", "none; looked at cache/coverage"),
+    )
 
 
 def test_an_objective_that_is_exact_at_any_age_has_no_bound() -> None:
     line = {"loss": 1.0, "progress/step": 1, "cache/coverage": 0.1}
     section = errors_section([facts_of(None, record={"preset": "forward_kl"}, metrics=(line,))])
-    assert section.absent[-1].why.startswith("no bound counts")
-    assert errors_section([facts_of(None)]).absent[-1].why == "there are no lines of updates"
+    (none,) = section.panels
+    assert isinstance(none, Table)
+    assert str(none.rows[-1][1]).startswith("no bound counts")
+    absent = errors_section([facts_of(None)]).absent
+    assert [each.why for each in absent] == [
+        "there is no store to look into",
+        "there are no lines of updates",
+    ]
