@@ -59,8 +59,9 @@ from logitcask.engine.report.panels import SEQUENCES, Report
     "--to",
     "tracker",
     type=click.Choice(["wandb", "mlflow", "trackio", "tensorboard"]),
-    help="Tracker that gets the page too, as an artefact of the run; tensorboard gets the summary "
-    "as text. A run that was trained with it gets it, else a new one of its name.",
+    help="Tracker that gets the page too, as an artefact; tensorboard gets the summary as text. "
+    "wandb and trackio add it to the run of the training, mlflow to that of MLFLOW_RUN_ID; else a "
+    "new run has the name of RUN.",
 )
 @click.option(
     "--serve",

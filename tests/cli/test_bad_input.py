@@ -46,6 +46,8 @@ USAGE = [
     Case("no run", "report @p.jsonl", 2, "p.jsonl is no folder", "it holds run.json"),
     Case("a page's place", "report STORE -o @student", 2, "student is a folder", "report.html"),
     Case("another file", "report STORE -o @p.jsonl", 2, "is no report of ours", "report.html"),
+    Case("sent store", "report STORE --to tensorboard", 2, "not the folder of one run", "run.json"),
+    Case("sent page", "report STORE --serve --to wandb", 2, "a live page is never sent", "--help"),
     Case("store and runs", "report STORE --compare OUT", 2, "out", "it holds run.json"),
     Case("stop ids", f"{ROLL} OUT --stop-token-ids 1,x", 2, "--stop-token-ids = 'x'", "More ids"),
     Case("variables", f"{ROLL} OUT --chat-template-kwargs [1]", 2, "= '[1]': must be", "JSON obj"),

@@ -1,8 +1,14 @@
 """`logitcask report`: the page of a run and of a store, its file, and its refusals."""
 
 import json
+import os
 import re
+import signal
+import threading
+import urllib.request
 from typing import Any
+
+import pytest
 
 from tests.cli.conftest import CommandResult, World
 
@@ -49,3 +55,33 @@ def test_a_run_another_one_and_their_store(world: World, call: Any):
     twice = f"report {runs[0]} --compare {runs[0]} -o @new.html"
     call(twice).assert_error(2, "it is there twice", "every run once")
     assert not world.at("@new.html").exists()
+
+
+@pytest.mark.parametrize(("end", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_live_page_ends_with_its_signal(
+    world: World, call: Any, monkeypatch: pytest.MonkeyPatch, end: signal.Signals, code: int
+):
+    pages: list[str] = []
+
+    def read_and_end(line: str) -> None:
+        url = line.removeprefix("live report: ")
+
+        def read() -> None:
+            try:
+                with urllib.request.urlopen(url) as answer:
+                    pages.append(answer.read().decode())
+            finally:
+                os.kill(os.getpid(), end)
+
+        threading.Thread(target=read).start()
+
+    monkeypatch.setattr("logitcask.cli.report.print_event", read_and_end)
+    monkeypatch.delenv("SSH_CONNECTION", raising=False)
+    monkeypatch.delenv("SSH_TTY", raising=False)
+    before = sorted(world.at("@st").rglob("*"))
+    assert call("report @st --serve --sequences 1").code == code
+    (page,) = pages
+    assert '"title":' in page
+    assert 'data-live="report.json?token=' in page
+    assert sorted(world.at("@st").rglob("*")) == before, "a store is read alone"
+    assert not world.at("@report.html").exists()
