@@ -8,7 +8,7 @@ tables come from report_kernels.py, those of the demo and the ablation from repo
 of the real student from report_real.py, those of the paper in miniature from report_paper.py, that
 of many workers from report_scale.py, those of the loops from report_pipeline.py, that of import and
 export from report_exchange.py, that of the tap from report_tap.py, that of scores of rows from
-report_scoring.py.
+report_scoring.py, that of the report from report_page.py.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import report_ablate
 import report_alignment
 import report_exchange
 import report_kernels
+import report_page
 import report_paper
 import report_peers
 import report_pipeline
@@ -72,6 +73,7 @@ def tables() -> dict[str, str]:
             report_scoring,
             report_alignment,
             report_tap,
+            report_page,
             report_paper,
             report_real_probes,
         ),

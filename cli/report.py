@@ -7,7 +7,9 @@ import rich_click as click
 
 from logitcask.cli.options import format_option
 from logitcask.cli.output import print_event, print_result
+from logitcask.cli.progress import progress_bar
 from logitcask.cli.worker import stop_at_sigterm
+from logitcask.engine.events import running_step
 from logitcask.engine.report.panels import SEQUENCES, Report
 
 
@@ -127,8 +129,9 @@ def report_command(
 
         check_tracker(tracker, target)
     begun_s = time.monotonic()
-    report = build()
-    size = write_page(out, report)
+    with progress_bar(), running_step(f"report of {Path(target).name}"):
+        report = build()
+        size = write_page(out, report)
     values = {"page": out, "bytes": size, "seconds": time.monotonic() - begun_s}
     if tracker:
         values["sent"] = send_report(report, target, tracker)
