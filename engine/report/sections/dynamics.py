@@ -7,9 +7,9 @@ from logitcask.engine.report.change import Points, points_of
 from logitcask.engine.report.panels import Absent, Axis, Lines, Section, Series
 from logitcask.engine.report.runs import TEACHER_ACCURACY, RunFacts
 
-MOST_POINTS, LEAST_POINTS = 1000, 100
-"""Points of a line: of one run, and of each of many. Of a longer line the extremes of each part are
-kept, so no spike is lost."""
+MOST_POINTS, LEAST_POINTS = 500, 50
+"""Points of a line: of one run, and of each of many. A longer line has a point for each part of it:
+the mean, and a band from the smallest to the largest value, so no spike is lost."""
 DIGITS = 6
 """Significant digits of a value."""
 LOG_FROM = 100.0
@@ -248,9 +248,9 @@ def lines_of(spec: Spec, runs: Sequence[RunFacts]) -> Lines | None:
         for key, name in spec.keys:
             lines = run.evaluated if key.startswith("eval/") else run.updates
             if points := points_of(lines, key):
-                thin, part = thinned(points, max(LEAST_POINTS, MOST_POINTS // len(runs)))
+                part = part_of(points, len(runs))
                 parts = max(parts, part)
-                series.append(_series(name or spec.title.lower(), number, thin))
+                series.append(series_of(name or spec.title.lower(), number, points, part))
     return _panel(spec, series, parts) if series else None
 
 
@@ -276,16 +276,19 @@ def _rate(runs: Sequence[RunFacts]) -> Lines | None:
                 points.append((int(line["progress/step"]), rate, None))
             seconds, positions = now, total
         if points:
-            thin, part = thinned(points, max(LEAST_POINTS, MOST_POINTS // len(runs)))
+            part = part_of(points, len(runs))
             parts = max(parts, part)
-            series.append(_series(spec.title.lower(), number, thin))
+            series.append(series_of(spec.title.lower(), number, points, part))
     return _panel(spec, series, parts) if series else None
 
 
 def _panel(spec: Spec, series: Sequence[Series], parts: int) -> Lines:
     how = spec.how
     if parts > 1:
-        how += f" Of each {parts} values in a row, the smallest and the largest are drawn."
+        how += (
+            f" The line is the mean of up to {parts} values in a row, the band goes from the smallest to "
+            "the largest."
+        )
     values = [value for each in series for value in each.y if value is not None]
     y = spec.y
     if spec.log and min(values) > 0 and max(values) / min(values) >= LOG_FROM:
@@ -293,35 +296,35 @@ def _panel(spec: Spec, series: Sequence[Series], parts: int) -> Lines:
     return Lines(id=spec.id, title=spec.title, how=how, x=UPDATES, y=y, series=tuple(series))
 
 
-def _series(name: str, run: int, points: Points) -> Series:
-    banded = any(error for _, _, error in points)
+def part_of(points: Points, runs: int) -> int:
+    """Return the number of values that a point of a line stands for."""
+    return -(-len(points) // max(LEAST_POINTS, MOST_POINTS // runs))
+
+
+def series_of(name: str, run: int, points: Points, part: int = 1) -> Series:
+    """Return a line with a point for each `part` values in a row, at the last one's update.
+
+    Single values have a band of one standard error where that is known.
+    """
+    parts = [points[start : start + part] for start in range(0, len(points), part)]
+    y = [sum(value for _, value, _ in each) / len(each) for each in parts]
+    if part > 1:
+        low = [min(value for _, value, _ in each) for each in parts]
+        high = [max(value for _, value, _ in each) for each in parts]
+    elif any(error for _, _, error in points):
+        low = [value - (error or 0.0) for _, value, error in points]
+        high = [value + (error or 0.0) for _, value, error in points]
+    else:
+        low = high = []
     return Series(
         of=name,
         run=run,
-        x=tuple(float(step) for step, _, _ in points),
-        y=tuple(_short(value) for _, value, _ in points),
-        low=tuple(_short(value - (error or 0.0)) for _, value, error in points) if banded else (),
-        high=tuple(_short(value + (error or 0.0)) for _, value, error in points) if banded else (),
+        x=tuple(each[-1][0] for each in parts),
+        y=tuple(map(_short, y)),
+        low=tuple(map(_short, low)),
+        high=tuple(map(_short, high)),
     )
 
 
 def _short(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
-
-
-def thinned(points: Points, most: int) -> tuple[Points, int]:
-    """Return at most `most` points and the length of a part.
-
-    Of each part the smallest and the largest value are kept, in their order, and the last point.
-    """
-    if len(points) <= most:
-        return points, 1
-    part = -(-2 * len(points) // (most - 1))
-    found = []
-    for start in range(0, len(points), part):
-        those = range(start, min(start + part, len(points)))
-        ends = {min(those, key=lambda at: points[at][1]), max(those, key=lambda at: points[at][1])}
-        found += [points[at] for at in sorted(ends)]
-    if found[-1] != points[-1]:
-        found.append(points[-1])
-    return found, part

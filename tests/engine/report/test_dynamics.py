@@ -5,7 +5,12 @@ from typing import Any
 import pytest
 
 from logitcask.engine.report.panels import Lines
-from logitcask.engine.report.sections.dynamics import MOST_POINTS, dynamics, thinned
+from logitcask.engine.report.sections.dynamics import (
+    MOST_POINTS,
+    dynamics,
+    part_of,
+    series_of,
+)
 from tests.engine.report.made import facts_of
 
 
@@ -62,17 +67,26 @@ def test_speed_is_positions_over_seconds_between_lines():
 
 
 @pytest.mark.parametrize("count", [MOST_POINTS, MOST_POINTS + 1, 12_345])
-def test_a_long_line_keeps_its_spikes(count: int):
+def test_a_long_line_keeps_its_mean_and_its_spikes(count: int):
     points = [(step, float(step % 7), None) for step in range(count)]
     points[count // 3] = (count // 3, 99.0, None)
     points[count // 2] = (count // 2, -99.0, None)
-    thin, part = thinned(points, MOST_POINTS)
-    assert len(thin) <= MOST_POINTS
+    part = part_of(points, 1)
     assert (part == 1) == (count <= MOST_POINTS)
-    assert {points[count // 3], points[count // 2], points[-1]} <= {*thin} <= {*points}
-    assert [step for step, _, _ in thin] == sorted({step for step, _, _ in thin})
+    line = series_of("loss", 0, points, part)
+    assert len(line.x) == len(line.y) <= MOST_POINTS
+    assert line.x[-1] == count - 1
+    assert list(line.x) == sorted({*line.x})
+    ends = [y for y in (*line.y, *line.low, *line.high) if y is not None]
+    assert (min(ends), max(ends)) == (-99, 99)
+    whole = count // part
+    total = sum(value for _, value, _ in points[: whole * part])
+    assert sum(y or 0.0 for y in line.y[:whole]) * part == pytest.approx(total, rel=1e-4)
 
 
-def test_the_panel_says_that_it_is_thinned():
+def test_the_panel_has_a_sentence_on_its_parts_and_many_runs_share_the_points():
     panels = panels_of([update(n) for n in range(2 * MOST_POINTS)])
-    assert "Of each 5 values in a row" in panels["loss"].how
+    assert "the mean of up to 2 values in a row" in panels["loss"].how
+    assert "in a row" not in panels_of([update(n) for n in range(MOST_POINTS)])["loss"].how
+    both = panels_of(*[[update(n) for n in range(MOST_POINTS)]] * 2)["loss"]
+    assert [len(each.x) for each in both.series] == [MOST_POINTS // 2] * 2
