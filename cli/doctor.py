@@ -42,7 +42,9 @@ class Checks(click.RichGroup):
 
 @click.group("doctor", cls=Checks)
 def doctor_command() -> None:
-    """Check what a run depends on; without a command below, what `check` does.
+    """Check this machine, a configuration, a store, a server, or two tokenizers.
+
+    Without a command below it does what `check` does.
 
     Example: logitcask doctor distill.toml
     """

@@ -10,7 +10,7 @@ from logitcask.engine.commands.resolve import columns_of
 from logitcask.engine.config.prompts import is_hub
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.doctor.folder import check_folder
-from logitcask.engine.doctor.machine import memory, of_bytes
+from logitcask.engine.doctor.machine import cache_room, memory, of_bytes
 from logitcask.engine.errors import LogitcaskError, ModelError
 from logitcask.engine.estimate.sizes import find_size
 from logitcask.engine.findings import Finding, fault
@@ -137,18 +137,28 @@ def _find(what: str, name: str) -> _Model:
 
 
 def _describe(what: str, model: _Model) -> Finding:
-    size = "" if model.parameters is None else f", {model.parameters / 1e6:,.3g} million parameters"
+    size = "" if model.parameters is None else f", {_count(model.parameters)} parameters"
     if model.folder is not None:
         own = Path(model.name).expanduser().is_dir()
         place = "" if own else f", in {model.folder}"
         return Finding(check=what, state="ok", message=f"{model.name}{size}{place}")
-    load = "" if model.parameters is None else f": {of_bytes(HALF_BYTES * model.parameters)}"
+    need, free = HALF_BYTES * (model.parameters or 0), cache_room()[1]
+    load = f": {of_bytes(need)}" if need else ""
+    room = need < free
     return Finding(
         check=what,
-        state="note",
-        message=f"{model.name}{size} is not on this machine",
-        hint=f"`distill` downloads it{load}; `hf download {model.name}` does so now",
+        state="note" if room else "fault",
+        message=f"{model.name}{size}, is not on this machine"
+        + ("" if room else f", and {of_bytes(need)} do not fit where models are kept"),
+        hint=f"`distill` downloads it{load}; `hf download {model.name}` does so now"
+        if room
+        else "make room, or set HF_HOME to a folder on a larger disk",
     )
+
+
+def _count(number: float) -> str:
+    """Return a number of parameters as text."""
+    return f"{number / 1e9:.3g} billion" if number >= 1e9 else f"{number / 1e6:.3g} million"
 
 
 def _server(config: RunConfig) -> Iterator[Finding]:

@@ -80,17 +80,22 @@ def _cores() -> Finding:
     )
 
 
+def cache_room() -> tuple[Path, int]:
+    """Return (the folder of downloaded models, the free bytes of its disk)."""
+    folder = Path(constants.HF_HUB_CACHE)
+    place = folder if folder.is_dir() else next(p for p in folder.parents if p.is_dir())
+    return folder, shutil.disk_usage(place).free
+
+
 def _model_cache() -> Finding:
     """Describe the cache of models; of a token only that there is one."""
-    folder = Path(constants.HF_HUB_CACHE)
+    folder, free = cache_room()
     token = "a token" if huggingface_hub.get_token() else "no token, which gated models need"
     offline = constants.HF_HUB_OFFLINE
-    place = folder if folder.is_dir() else next(p for p in folder.parents if p.is_dir())
-    free = of_bytes(shutil.disk_usage(place).free)
     count = len([*folder.glob("models--*")])
     return Finding(
         check="model cache",
         state="note" if offline else "ok",
-        message=f"{count} models in {folder}, {free} free; {token}",
+        message=f"{count} models in {folder}, {of_bytes(free)} free; {token}",
         hint="HF_HUB_OFFLINE is set: unset it to download models" if offline else "",
     )

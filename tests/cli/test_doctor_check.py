@@ -216,6 +216,9 @@ def test_each_fault_of_a_configuration_is_found(
     assert "server" in faults("teacher.model=http://127.0.0.1:9")
     monkeypatch.setattr(configured, "memory", lambda: (1 << 10, 1 << 10))
     assert "lora.r" in faults()["size"]
+    monkeypatch.setattr(configured, "cache_room", lambda: (Path(), 1 << 32))
+    monkeypatch.setattr(configured, "find_model", lambda name: None)
+    assert "HF_HOME" in faults("teacher.model=Qwen/Qwen3-4B")["teacher"]
     call("doctor --set run.seed=1").assert_error(2, "--set", "file of")
     call("doctor @none.toml").assert_error(2, "none.toml", "TOML file")
     result = call("doctor @no-store")
