@@ -7,7 +7,7 @@ large store some evenly chosen segments stand for all.
 import io
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -53,14 +53,18 @@ def store_section(runs: Sequence[RunFacts], *, most: int = MOST_BYTES) -> Sectio
             stores.setdefault(facts.store.uuid, (facts.store, facts.snapshot))
     panels: list[Panel] = []
     if stores:
-        panels.append(_totals(list(stores.values())))
         store, snapshot = next(iter(stores.values()))
-        panels.append(_names(snapshot))
-        try:
-            panels += _arrays(store, snapshot, most)
-        except LogitcaskError as error:
-            absent.append(Absent(title="Bytes by array", why=f"{error.cause}; {error.hint}"))
-        panels.append(_segments(store, snapshot))
+        parts: dict[str, Callable[[], list[Panel]]] = {
+            "Totals": lambda: [_totals(list(stores.values()))],
+            "Rollouts and teachers": lambda: [_names(snapshot)],
+            "Bytes by array": lambda: _arrays(store, snapshot, most),
+            "Newest segments": lambda: [_segments(store, snapshot)],
+        }
+        for title, made in parts.items():
+            try:
+                panels += made()
+            except LogitcaskError as error:
+                absent.append(Absent(title=title, why=f"{error.cause}; {error.hint}"))
     return Section(id="store", title="Store", panels=tuple(panels), absent=tuple(absent))
 
 

@@ -100,10 +100,14 @@ def _pairs(facts: RunFacts) -> list[tuple[str, str]]:
             facts.store_missing or "there is no store", hint="make the report where the store is"
         )
     rollouts, teachers = names_of(facts.record)
-    sizes = Counter[tuple[str, str]]()
+    sizes, roles = Counter[tuple[str, str]](), dict[str, object]()
     for each in snapshot.segments:
         of = store.log.base(each.base) if each.kind == "score" else None
-        if of is not None and snapshot.role(each.name) != "base":
+        if of is None:
+            continue
+        if each.name not in roles:
+            roles[each.name] = each.provenance.get("teacher_kind")
+        if roles[each.name] != "base":
             sizes[of.name, _REFRESH.sub("", each.name)] += each.rows
     fitting = [
         (name, teacher)

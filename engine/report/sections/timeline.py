@@ -45,45 +45,51 @@ def timeline_section(runs: Sequence[RunFacts]) -> Section:
     """
     panels: list[Panel] = []
     absent: list[Absent] = []
+    for title, made in (("Seconds by stage", _stages), ("Timeline", _timeline)):
+        try:
+            panels.append(made(runs))
+        except LogitcaskError as error:
+            absent.append(Absent(title=title, why=f"{error.cause}; {error.hint}"))
+    return Section(id="timeline", title="Time", panels=tuple(panels), absent=tuple(absent))
+
+
+def _stages(runs: Sequence[RunFacts]) -> Bars:
+    """Return the seconds of the stages. Raises IncompleteError where none are recorded."""
     bars = [
         replace(bar, name=f"{facts.name}: {bar.name}" if len(runs) > 1 else bar.name)
         for facts in runs
         for bar in _seconds(facts)
     ]
-    if bars:
-        panels.append(
-            Bars(
-                id="timeline-seconds",
-                title="Seconds by stage",
-                how="Time of each process or stage, stacked by its kind of work. In a loop of "
-                "several processes the role that waits least is the one to give more processes.",
-                value=_SECONDS,
-                bars=tuple(bars),
-            )
+    if not bars:
+        raise IncompleteError(
+            "no stage has recorded its seconds yet",
+            hint="`logitcask score`, `train` and `distill` do",
         )
-    else:
-        absent.append(
-            Absent(
-                title="Seconds by stage",
-                why="there are no lines of training yet; `logitcask train` and `distill` write "
-                "them",
-            )
-        )
+    return Bars(
+        id="timeline-seconds",
+        title="Seconds by stage",
+        how="Time of each process or stage, stacked by its kind of work. In a loop of several "
+        "processes the role that waits least is the one to give more processes.",
+        value=_SECONDS,
+        bars=tuple(bars),
+    )
+
+
+def _timeline(runs: Sequence[RunFacts]) -> Timeline:
+    """Return the timeline of the first run. Raises as `_of_commits`."""
     first, *_ = runs
     spans = read_timeline(first.path)
-    drawn = _of_spans(spans, first.locked) if spans else _of_commits(first)
-    if isinstance(drawn, Absent):
-        absent.append(drawn)
-    else:
-        panels.append(drawn)
-    return Section(id="timeline", title="Time", panels=tuple(panels), absent=tuple(absent))
+    return _of_spans(spans, first.locked) if spans else _of_commits(first)
 
 
 def _seconds(facts: RunFacts) -> list[Bar]:
     """Return seconds by process and kind of a timeline, else by stage."""
     if spans := read_timeline(facts.path):
         sums = seconds_by_kind(spans)
-        return [Bar(name=name, group=kind, value=sums[name, kind]) for name, kind in sorted(sums)]
+        # In the order of the timeline, so that kinds have the same colours.
+        kinds = list(dict.fromkeys(each.kind for each in spans))
+        order = sorted(sums, key=lambda each: (kinds.index(each[1]), each[0]))
+        return [Bar(name=name, group=kind, value=sums[name, kind]) for name, kind in order]
     bars = [Bar(name=stage, group=stage, value=value) for stage, value in _demo(facts).items()]
     wait, total = waited(facts)
     score = scored_seconds(facts)
@@ -165,10 +171,15 @@ def _demo(facts: RunFacts) -> Mapping[str, float]:
     if not facts.record or not file.is_file():
         return {}
     found = read_json(file, hint="run `logitcask demo` again").get("seconds")
-    names = {"teacher": "train the demo's teacher", "student": "train the demo's student"}
+    names = {
+        "teacher": "train the demo's teacher",
+        "student": "train the demo's student",
+        "rollout": "rollout",
+        "score": "score",
+    }
     if not isinstance(found, dict) or not all(type(each) is float for each in found.values()):
         raise IntegrityError(f"{file} has no seconds of stages", hint="run `logitcask demo` again")
-    return {names.get(stage, str(stage)): value for stage, value in found.items()}
+    return {name: found[stage] for stage, name in names.items() if stage in found}
 
 
 def _of_spans(spans: Sequence[Span], runs_on: bool) -> Timeline:
@@ -219,15 +230,14 @@ class _Commit:
     """Seconds since 1970, of the log record."""
 
 
-def _of_commits(facts: RunFacts) -> Timeline | Absent:
-    """Return the timeline of the commits of a store, as far as the log has it."""
-    title = "Timeline"
-    if facts.store is None or facts.snapshot is None:
-        return Absent(title=title, why=facts.store_missing)
-    try:
-        rollouts, teacher = stored_names(facts)
-    except LogitcaskError as error:
-        return Absent(title=title, why=f"{error.cause}; {error.hint}")
+def _of_commits(facts: RunFacts) -> Timeline:
+    """Return the timeline of the commits of a store, as far as the log has it.
+
+    Raises IncompleteError without a store or scores, IntegrityError for a damaged log.
+    """
+    rollouts, teacher = stored_names(facts)
+    assert facts.store is not None, "a store with scores"
+    assert facts.snapshot is not None, "of that store"
     time = facts.store.log.time
     commits = [
         _Commit(each, datetime.fromisoformat(time(each.number)).timestamp())

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from logitcask.engine.report.panels import Bars, Stretch, Timeline
+from logitcask.engine.report.sections.sizes import store_section
 from logitcask.engine.report.sections.timeline import join_neighbours, timeline_section
+from logitcask.engine.store import open_store
 from logitcask.engine.workers.timeline import timeline_file
 from tests.engine.cached import make_store, make_unit
 from tests.engine.report.made import facts_of
@@ -117,4 +119,18 @@ def test_the_stages_of_a_demo(tmp_path: Path) -> None:
         ("train", "reading"): 2,
         ("train", "update"): 6,
     }
-    assert section.absent[0].why == "no store at st"
+    assert section.absent[0].why.startswith("no store at st")
+
+
+def test_a_damaged_record_is_named_in_place_of_its_panels(tmp_path: Path) -> None:
+    make_store(tmp_path / "s", [make_unit(0)], seconds=[2.5])
+    record = tmp_path / "s" / "log" / "0000000001.json"
+    record.chmod(0o644)
+    record.write_text(record.read_text().replace('"seconds":2.5', '"seconds":9.5'))
+    facts = facts_of(open_store(tmp_path / "s"))
+    section = timeline_section([facts])
+    assert [each.title for each in section.absent] == ["Seconds by stage", "Timeline"]
+    assert all(record.name in each.why for each in section.absent)
+    sizes = store_section([facts])
+    assert "store-arrays" in {panel.id for panel in sizes.panels}
+    assert "Newest segments" in {each.title for each in sizes.absent}
