@@ -286,8 +286,8 @@ def _panel(spec: Spec, series: Sequence[Series], parts: int) -> Lines:
     how = spec.how
     if parts > 1:
         how += (
-            f" The line is the mean of up to {parts} values in a row, the band goes from the smallest to "
-            "the largest."
+            f" The line is the mean of up to {parts} values in a row, the band goes from the "
+            "smallest to the largest."
         )
     values = [value for each in series for value in each.y if value is not None]
     y = spec.y
