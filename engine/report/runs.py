@@ -6,12 +6,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from logitcask.engine.config.runner import LOGS, TIMELINE
 from logitcask.engine.errors import ConfigError, IntegrityError, LogitcaskError
 from logitcask.engine.models.digests import read_json
 from logitcask.engine.models.identity import read_metadata
 from logitcask.engine.store import Snapshot, Store, open_store
 from logitcask.engine.store.store import holds_store
-from logitcask.engine.training.run_dir.files import EVALUATIONS, LEDGER, LOCK, METRICS, RUN
+from logitcask.engine.training.run_dir.files import (
+    EVALUATIONS,
+    LEDGER,
+    LOCK,
+    METRICS,
+    RUN,
+    TEACHER,
+)
 
 ABLATION = "plan.json"
 """File of the folder of an ablation, whose runs are COMBINATION/seed-N."""
@@ -105,11 +113,14 @@ def find_runs(target: str | Path) -> tuple[Path, ...]:
     near = sorted({*path.glob(f"*/{RUN}"), *path.glob(f"*/*/{RUN}")})[:3]
     names = sorted(each.name for each in path.iterdir())
     content = ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])]) or "nothing"
+    hint = "give the folder of a run (it holds run.json), of an ablation, or a store"
+    if near:
+        hint = f"give a run: {' or '.join(str(each.parent) for each in near)}"
+    elif {LOGS, TIMELINE, TEACHER} & {*names}:
+        hint = f"the trainer of this loop has not begun; run this again when {RUN} is there"
     raise ConfigError(
         f"{path} holds {content} and neither {RUN} nor format.json: it is no run and no store",
-        hint=f"give a run: {' or '.join(str(each.parent) for each in near)}"
-        if near
-        else "give the folder of a run (it holds run.json), of an ablation, or a store",
+        hint=hint,
     )
 
 

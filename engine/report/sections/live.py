@@ -38,7 +38,6 @@ POINTS = 400
 """Points of a line at most; of more commits, evenly chosen ones are drawn."""
 WORK = ("unit", "update", "load", "measure", "publish")
 """Spans of the timeline in which a process works; in others it waits."""
-TEXT = Axis(name="")
 
 
 def live_section(facts: RunFacts) -> Section:
@@ -125,7 +124,7 @@ def _now(facts: RunFacts, pace: Pace | None) -> Table:
         title="Pace and end",
         how="The time left is the number of updates that are missing times the mean of the newest "
         "ones, so it is wrong where responses become longer.",
-        columns=(TEXT, Axis(name="value"), Axis(name="from")),
+        columns=(Axis(name="quantity"), Axis(name="value"), Axis(name="from")),
         rows=tuple(rows),
     )
 

@@ -46,6 +46,10 @@ def test_other_folders_are_refused_with_what_is_near(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="empty holds nothing and neither"):
         find_runs(tmp_path / "empty")
+    (tmp_path / "empty" / "logs").mkdir()
+    with pytest.raises(ConfigError) as error:
+        find_runs(tmp_path / "empty")
+    assert "the trainer of this loop has not begun" in error.value.hint
 
 
 def test_names_are_as_short_as_they_can_be():
