@@ -3,10 +3,10 @@
 import sys
 
 import rich_click as click
-from click.exceptions import Exit
 
 from logitcask.cli.output import print_event, visible
 from logitcask.cli.progress import duration, paused
+from logitcask.engine.errors import ConfigError
 from logitcask.engine.estimate.left import Approve, WorkLeft
 
 ASK_BYTES, ASK_SECONDS, ASK_REQUESTS = 10e9, 4 * 3600.0, 10_000
@@ -26,8 +26,8 @@ yes_option = click.option(
 def approve_with(yes: bool) -> Approve:
     """Return a function that prints the estimate, and on a terminal asks for more than ASK_...
 
-    yes: do not ask. It raises StoreError where the disk cannot hold the work, and Exit where the
-    answer is no.
+    yes: do not ask. It raises StoreError where the disk cannot hold the work, and ConfigError where
+    the answer is no.
     """
 
     def approve(left: WorkLeft) -> None:
@@ -43,8 +43,10 @@ def approve_with(yes: bool) -> Approve:
             with paused():
                 begin = click.confirm("begin?", default=False, err=True)
             if not begin:
-                print_event("not begun")
-                raise Exit(1)
+                raise ConfigError(
+                    f"{left.stage} did not begin, as the answer was no",
+                    hint="give fewer prompts, responses or tokens, or --yes to begin at once",
+                )
 
     return approve
 

@@ -5,11 +5,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from click.exceptions import Exit
 
 from logitcask.cli.approve import ASK_BYTES, ASK_REQUESTS, ASK_SECONDS, approve_with, is_much, text
 from logitcask.engine.config.cost import Cost
-from logitcask.engine.errors import StoreError
+from logitcask.engine.errors import ConfigError, StoreError
 from logitcask.engine.estimate.left import (
     ROLLOUT_SHARE,
     WorkLeft,
@@ -80,9 +79,8 @@ def test_only_much_work_is_a_question_on_a_terminal(
     approve_with(False)(LEFT)
     approve_with(True)(replace(LEFT, **change))
     assert terminal == []
-    with pytest.raises(Exit) as ended:
+    with pytest.raises(ConfigError, match="did not begin, as the answer was no"):
         approve_with(False)(replace(LEFT, **change))
-    assert ended.value.exit_code == 1
     assert terminal == ["begin?"]
 
 
