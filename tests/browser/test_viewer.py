@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import expect
 
 from logitcask.engine.exchange.positions import positions
 from logitcask.engine.report.page import page
@@ -34,7 +36,10 @@ class Texts(TokenTexts):
         self.texts = texts
 
     def of(self, ids: Sequence[int]) -> list[tuple[str | None, str]]:
-        return [(self.texts[each], "") for each in ids]
+        return [
+            ("", each.removeprefix("bytes ")) if each.startswith("bytes ") else (each, "")
+            for each in (self.texts[i] for i in ids)
+        ]
 
 
 @pytest.fixture
@@ -162,7 +167,7 @@ def pointer_and_keys(opened) -> None:
     assert opened.locator("dialog.keys").is_visible()
     opened.keyboard.press("Escape")
     assert opened.locator("dialog.keys").is_hidden()
-    opened.wait_for_function("location.hash.startsWith('#seq=')")
+    expect(opened).to_have_url(re.compile("#seq="))
 
 
 def test_filters_and_orders_of_the_list(open_page, made, store) -> None:
@@ -213,9 +218,7 @@ def test_two_versions_side_by_side_are_aligned_until_they_part(
 ) -> None:
     opened = ready(open_page(made(store)))
     opened.evaluate("location.hash = '#seq=0&pos=0'")
-    opened.wait_for_function(
-        "document.querySelector('.viewer-head h3').textContent.endsWith('response 0')"
-    )
+    expect(opened.locator(".viewer-head h3")).to_have_text(re.compile("response 0$"))
     choice = opened.get_by_label("Side by side with")
     other = choice.locator("option", has_text="version 3").first
     choice.select_option(other.get_attribute("value"))
@@ -267,6 +270,19 @@ def test_hostile_tokens_stay_text(open_page, made, tmp_path) -> None:
     made_of = "document.querySelectorAll('#tokens :is(script, img, svg, iframe)').length"
     assert opened.evaluate(made_of) == 0
     assert opened.evaluate("window.pwned") is None
+
+
+def test_rollouts_without_scores_and_parts_of_characters(open_page, made, tmp_path) -> None:
+    unit = make_unit(0, prompts=1, n=1, lengths=[3])
+    rollouts = replace(unit.rollouts, tokens=np.arange(3, dtype=np.uint32), student=None)
+    bare = make_store(tmp_path / "s", [replace(unit, rollouts=rollouts)], scored=0)
+    opened = ready(open_page(made(bare, texts=["a", "bytes F0 9F", "bytes 98 80", *WORDS])))
+    tokens = opened.locator(".tokens [role=option]")
+    assert tokens.all_text_contents() == ["a", "⟨F0 9F⟩", "⟨98 80⟩"]
+    tokens.nth(2).click()
+    assert current(opened)[1].endswith("A part of the bytes of 😀.")
+    assert "no scores yet" in opened.locator(".viewer-legend").inner_text()
+    assert "No teacher scored this response." in opened.locator(".viewer-detail").inner_text()
 
 
 def test_themes_and_narrow_windows_can_be_read_by_all(open_page, made, store, shoot) -> None:

@@ -51,7 +51,7 @@ def viewer_data(
     """
     distinct = _distinct(sources)
     most = MOST_POSITIONS // max(1, len(distinct))
-    loaded = [found for each in distinct if (found := load(each, most)) is not None]
+    loaded = [read for each in distinct if (read := load(each, most)) is not None]
     if not any(each.responses for each in loaded):
         return None
     texts = [token_texts(each.source, each.rollouts, tokenizer) for each in loaded]

@@ -5,6 +5,9 @@ const NONE = 0xffff; // of two bytes: no value
 const LOSS = 1, IN_STUDENT = 2, IN_TEACHER = 1, IS_SCORED = 2; // bits of the flags
 const NATS = ["student_surprise", "student_entropy", "teacher_surprise", "teacher_entropy", "reverse_kl", "forward_kl"];
 
+/** Stands for the measure of rollouts without any scores. */
+const NOTHING = { id: "", name: "nothing", unit: "", how: "These rollouts have no scores yet, so their tokens have no colour.", edges: [], worst: "high", bad: 0, of_teacher: false };
+
 /** Measures that are made of two others; of a teacher with an interval its middle is stored. */
 const DERIVED = {
   advantage: ["student_surprise", "teacher_surprise", (student, teacher) => student - teacher],
@@ -129,6 +132,7 @@ function viewerModel(viewer, head, columns) {
   const measures = head.measures.filter((each) => sequences.some((sequence) =>
     (each.of_teacher ? sequence.teachers : [0]).some((teacher) =>
       values(each.id, sequence, teacher).some((value) => !Number.isNaN(value)))));
+  if (!measures.length) measures.push(NOTHING);
   return {
     notes: viewer.notes, sources: head.sources, sequences, prompts, teachers, measures, values, lists,
     ks: head.teachers.map((each) => each.k), digits: Math.round(-Math.log10(steps.nats)),

@@ -67,7 +67,7 @@ function drawDetail(root, model, { sequence, teacher, position, measure, others,
     return;
   }
   const token = model.tokenAt(sequence, position);
-  const rawNote = token.bytes ? " These bytes are a part of a character that several tokens make." : "";
+  const rawNote = token.bytes ? ` A part of the bytes of ${joinedAt(model, sequence, position)}.` : "";
   root.replaceChildren(
     make("h3", {}, make("bdi", { className: "token-text", textContent: labelOf(token) }),
       make("span", { className: "soft", textContent: ` position ${position} of 0 to ${sequence.length - 1}, id ${token.id}.${rawNote}` })),
@@ -93,7 +93,7 @@ function drawLegend(root, measure) {
   const { edges } = measure;
   const write = (value) => (measure.unit ? String(value) : `${formatNumber(value * 100)} %`);
   const cells = [];
-  for (let bin = 0; bin <= edges.length; bin++) {
+  for (let bin = 0; edges.length && bin <= edges.length; bin++) {
     const value = bin === 0 ? edges[0] - 1 : edges[bin - 1];
     const text = bin === 0 ? `< ${write(edges[0])}` : `≥ ${write(edges[bin - 1])}`;
     cells.push(make("li", {}, make("span", { className: `swatch ${colourClass(measure, value)}`, ariaHidden: "true" }), text));

@@ -27,6 +27,16 @@ function textOf(token) {
   return token.bytes ? `⟨${token.bytes}⟩` : visible(token.text);
 }
 
+/** The text that a token of bytes makes together with such tokens before and after it. */
+function joinedAt(model, sequence, position) {
+  const bytesAt = (i) => (i >= 0 && i < sequence.length ? model.tokenAt(sequence, i).bytes : "");
+  let first = position, last = position;
+  while (bytesAt(first - 1)) first--;
+  while (bytesAt(last + 1)) last++;
+  const digits = Array.from({ length: last - first + 1 }, (_, i) => bytesAt(first + i)).join(" ").split(" ");
+  return visible(new TextDecoder().decode(Uint8Array.from(digits, (each) => parseInt(each, 16))));
+}
+
 /** The class of the colour of a value: s0 to s6 towards the worst end, d0 to d8 around 0. */
 function colourClass(measure, value) {
   if (Number.isNaN(value)) return "none";
