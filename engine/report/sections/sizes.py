@@ -244,6 +244,7 @@ def _segments(store: Store, snapshot: Snapshot) -> Table:
     rows = [
         (
             row["log"],
+            store.log.time(each.number),
             row["kind"],
             row["name"],
             each.seg_id[:8],
@@ -252,10 +253,9 @@ def _segments(store: Store, snapshot: Snapshot) -> Table:
             rows_of(each),
             each.size,
             row["bytes_per_position"],
+            each.seconds,
             row["layout"],
             row["request"],
-            each.seconds,
-            store.log.time(each.number),
         )
         for each, row in zip(newest, segment_rows(newest), strict=True)
     ]
@@ -265,10 +265,11 @@ def _segments(store: Store, snapshot: Snapshot) -> Table:
         how="One line for each commit, the newest first."
         + (f" {left:,} older ones are not shown: `logitcask store ls` shows all." if left else ""),
         columns=(
-            *(Axis(name="log"), Axis(name="kind"), Axis(name="name"), Axis(name="segment")),
-            *(Axis(name="version"), Axis(name="responses"), Axis(name="positions"), _BYTES),
-            *(_PER_POSITION, Axis(name="layout"), Axis(name="request")),
-            *(Axis(name="time of the models", unit="seconds"), Axis(name="committed, UTC")),
+            *(Axis(name="log"), Axis(name="committed, UTC"), Axis(name="kind")),
+            *(Axis(name="name"), Axis(name="segment"), Axis(name="version")),
+            *(Axis(name="responses"), Axis(name="positions"), _BYTES, _PER_POSITION),
+            *(Axis(name="time of the models", unit="seconds"), Axis(name="layout")),
+            Axis(name="request"),
         ),
         rows=tuple(rows),
     )

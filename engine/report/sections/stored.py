@@ -33,15 +33,17 @@ class StoredRows:
     rollouts: str
     teacher: str
     several: bool
-    """True where other teachers scored these rollouts too."""
+    """True where the run, or the store of no run, has other such pairs."""
     segments: int
     segments_scored: int
     """Those that were chosen, and those to choose from."""
 
     @property
     def note(self) -> str:
-        """Return a sentence on the rows that were left out, after a space; '' for none."""
-        found = f" These are scores of {self.teacher!r}, one of several." if self.several else ""
+        """Return sentences on the rows that were chosen, after a space; '' for none."""
+        found = ""
+        if self.several:
+            found = f" Rollouts {self.rollouts!r} with scores of {self.teacher!r}, of several."
         if self.segments < self.segments_scored:
             found += (
                 f" Measured on {self.segments} of {self.segments_scored} scored segments, evenly "
@@ -77,7 +79,7 @@ def stored_rows(facts: RunFacts, *, most: int = MOST_ROWS) -> StoredRows:
         snapshot=Snapshot(number=snapshot.number, sha256=snapshot.sha256, state=Listed(kept)),
         rollouts=name,
         teacher=teacher,
-        several=sum(rolled == name for rolled, _ in pairs) > 1,
+        several=len(pairs) > 1,
         segments=len(chosen),
         segments_scored=len(scored),
     )

@@ -127,11 +127,9 @@ def seconds_by_kind(spans: Iterable[Span]) -> dict[tuple[str, str], float]:
 def scored_seconds(facts: RunFacts) -> float:
     """Return the recorded seconds of the teacher's models for the scores of a run.
 
-    Of a store alone for all scores of its teacher. 0 where none are recorded, and where they are
+    Of a store alone for all of its scores. 0 where none are recorded, and where they are
     more than MOST_COMMITS, whose entries would take long to read.
     """
-    if facts.snapshot is None or facts.store is None:
-        return 0.0
     used = {
         seg_id
         for line in facts.ledger
@@ -139,13 +137,11 @@ def scored_seconds(facts: RunFacts) -> float:
         for seg_id in source["scores"]
     }
     try:
-        _, teacher = stored_names(facts)
+        segments = _segments(facts)
     except IncompleteError:
         return 0.0
     found = [
-        each
-        for each in facts.snapshot.segments
-        if same_teacher(each, teacher) and (not used or each.seg_id in used)
+        each for each in segments if each.kind == "score" and (not used or each.seg_id in used)
     ]
     if len(found) > MOST_COMMITS:
         return 0.0
@@ -235,15 +231,12 @@ def _of_commits(facts: RunFacts) -> Timeline:
 
     Raises IncompleteError without a store or scores, IntegrityError for a damaged log.
     """
-    rollouts, teacher = stored_names(facts)
-    assert facts.store is not None, "a store with scores"
-    assert facts.snapshot is not None, "of that store"
-    time = facts.store.log.time
+    segments, store = _segments(facts), facts.store
+    assert store is not None, "a store with scores"
     commits = [
-        _Commit(each, datetime.fromisoformat(time(each.number)).timestamp())
-        for each in facts.snapshot.segments
-        if (each.name == rollouts if each.kind == "rollout" else same_teacher(each, teacher))
-    ][-MOST_COMMITS:]
+        _Commit(each, datetime.fromisoformat(store.log.time(each.number)).timestamp())
+        for each in segments[-MOST_COMMITS:]
+    ]
     starts = {each.segment: each.end - _length(each.segment) for each in commits}
     begin = min(starts.values())
     stretches = [
@@ -265,6 +258,21 @@ def _of_commits(facts: RunFacts) -> Timeline:
         f"has the second of the commit alone. {loop if 'loop' in facts.record else ''}{note}",
         stretches=tuple(joined),
     )
+
+
+def _segments(facts: RunFacts) -> list[Segment]:
+    """Return the rollouts and scores that a run reads; those of a store alone are all.
+
+    Raises as `stored_names`.
+    """
+    rollouts, teacher = stored_names(facts)
+    assert facts.snapshot is not None, "a store with scores"
+    return [
+        each
+        for each in facts.snapshot.segments
+        if not facts.record
+        or (each.name == rollouts if each.kind == "rollout" else same_teacher(each, teacher))
+    ]
 
 
 def _length(segment: Segment) -> float:

@@ -101,3 +101,20 @@ def test_names_of_a_loop_and_of_a_mixture() -> None:
     )
     assert names_of({"rollouts": "r", "teacher": "a=1,b=2"}) == ("r", ("a", "b"))
     assert names_of({}) == ("", ())
+
+
+def test_a_store_of_several_names_says_which_were_measured(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s", [make_unit(0, prompts=12, lengths=LENGTHS)])
+    (rollouts, scores) = store.head().segments
+    store.commit_scores(
+        make_unit(0, prompts=12, lengths=LENGTHS).scores,
+        base=rollouts,
+        name="other",
+        unit_key="sha256:" + "0" * 64,
+        unit=dict(scores.unit),
+        provenance=dict(scores.provenance),
+    )
+    entropy = positions_section([facts_of(store)]).panels[0]
+    assert "Rollouts 'main' with scores of 'big', of several." in entropy.how
+    run = facts_of(store, record={"rollouts": "main", "teacher": "other"})
+    assert "of several" not in positions_section([run]).panels[0].how

@@ -48,8 +48,8 @@ def test_totals_are_those_of_store_info(store: Store) -> None:
     assert isinstance(segments, Table)
     listed = list_segments(store)[::-1]
     assert [row[0] for row in segments.rows] == [each["log"] for each in listed]
-    assert [row[8] for row in segments.rows] == [each["bytes_per_position"] for each in listed]
-    seconds = {row[1]: row[11] for row in segments.rows}
+    assert [row[9] for row in segments.rows] == [each["bytes_per_position"] for each in listed]
+    seconds = {row[2]: row[10] for row in segments.rows}
     assert seconds == {"rollout": None, "score": 2.5}
 
 
