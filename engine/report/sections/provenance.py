@@ -6,12 +6,12 @@ from typing import Any
 
 from logitcask.engine.config.section import Section as ConfigSection
 from logitcask.engine.config.sections import RunConfig, TrainConfig
-from logitcask.engine.errors import ObjectiveError
+from logitcask.engine.errors import ObjectiveError, StoreError
 from logitcask.engine.objectives import Preset, parse_objective
 from logitcask.engine.report.panels import Absent, Axis, Panel, Section, Table
 from logitcask.engine.report.runs import RunFacts
 from logitcask.engine.report.sections.stored import names_of
-from logitcask.engine.store import Segment, Snapshot
+from logitcask.engine.store import Segment
 from logitcask.engine.store.inspect import describe_request
 
 _ITEM, _VALUE = Axis(name="item"), Axis(name="value")
@@ -33,11 +33,13 @@ def provenance(runs: Sequence[RunFacts]) -> Section:
     panels: list[Panel] = []
     absent: list[Absent] = []
     if first.record:
-        panels += [_what_was_run(first, name), _settings(first, name)]
-    if first.snapshot is not None:
-        panels.append(_stored(first, first.snapshot))
-    else:
-        absent.append(Absent(title="Contents of the store", why=first.store_missing))
+        panels.append(_what_was_run(first, name))
+    if first.config:
+        panels.append(_settings(first, name))
+    try:
+        panels.append(_stored(first))
+    except StoreError as error:  # none, or one whose log is damaged
+        absent.append(Absent(title="Contents of the store", why=error.cause))
     if len(runs) > 1:
         panels.append(_differences(runs))
     if first.record:
@@ -190,11 +192,16 @@ def plain(value: Any) -> str:
     return "none" if value is None else json.dumps(value, default=str).strip('"')
 
 
-def _stored(run: RunFacts, snapshot: Snapshot) -> Table:
-    """Return a row for each name of rollouts and of scores, of a run for those that it read."""
+def _stored(run: RunFacts) -> Table:
+    """Return a row for each name of rollouts and of scores, of a run for those that it read.
+
+    Raises StoreError without a store, IntegrityError for a damaged record.
+    """
+    if run.snapshot is None:
+        raise StoreError(run.store_missing, hint="make the report where the store is")
     rollouts, teachers = names_of(run.record)
     groups: dict[tuple[str, str], list[Segment]] = {}
-    for segment in snapshot.segments:
+    for segment in run.snapshot.segments:
         read = (rollouts,) if segment.kind == "rollout" else teachers
         if not any(read) or segment.name in read:
             groups.setdefault((segment.kind, segment.name), []).append(segment)
