@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -103,6 +104,17 @@ class Served:
     """Command for another machine; '' where this one has a screen."""
 
 
+class Server(ThreadingHTTPServer):
+    """A server with a thread for each request."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print the error of a request, but not that a browser closed its page meanwhile."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def serve(
     build: Callable[[], Report],
     places: Sequence[str | Path],
@@ -123,13 +135,12 @@ def serve(
     token = secrets.token_urlsafe(24)
     handler = _handler(live, token, every_s)
     try:
-        server = ThreadingHTTPServer((ADDRESS, port), handler)
+        server = Server((ADDRESS, port), handler)
     except (OSError, OverflowError) as error:
         raise ConfigError(
             f"cannot listen on {ADDRESS}:{port}: {getattr(error, 'strerror', None) or error}",
             hint="give another --port, or none for a free one",
         ) from error
-    server.daemon_threads = True
     number = server.server_address[1]
     served = Served(
         url=f"http://{ADDRESS}:{number}/?token={token}", tunnel=tunnel(number, os.environ)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
 from logitcask.engine.report.build import build_report
@@ -94,6 +95,8 @@ def test_a_new_update_comes_to_the_open_page(open_page, shoot, server: Server, r
     assert opened.evaluate("scrollY") == 120
     assert re.fullmatch(r"Live\s*, news [0-9]+ s ago", opened.locator("#freshness").inner_text())
     shoot(opened, "live")
+    found = Axe().run(opened).response["violations"]
+    assert [each for each in found if each["impact"] in ("serious", "critical")] == []
     (run / ".lock").unlink()
     expect(state).to_have_text("Run has stopped before its end", timeout=WAIT_MS)
 

@@ -6,6 +6,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from logitcask.engine.errors import ConfigError, IntegrityError
 from logitcask.engine.report.panels import Report
-from logitcask.engine.report.serve import LiveReport, Served, serve, tunnel
+from logitcask.engine.report.serve import LiveReport, Served, Server, serve, tunnel
 from logitcask.engine.report.watch import Watch
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.store.log.claims import Claims
@@ -153,6 +154,16 @@ def test_a_port_in_use_is_an_error(served: tuple[str, Builds], run: Path) -> Non
         serve(Builds(), [run], stop=threading.Event(), port=port)
     with pytest.raises(ConfigError, match="cannot listen on 127.0.0.1:99999"):
         serve(Builds(), [run], stop=threading.Event(), port=99_999)
+
+
+def test_a_closed_page_is_no_error_and_others_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with Server(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        for error, shown in ((BrokenPipeError(), False), (ValueError("bug"), True)):
+            try:
+                raise error
+            except type(error):
+                server.handle_error(None, ("127.0.0.1", 1))
+            assert ("Traceback" in capsys.readouterr().err) is shown
 
 
 def test_a_check_without_news_builds_nothing(run: Path) -> None:
