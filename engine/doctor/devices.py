@@ -18,8 +18,8 @@ BFLOAT16 = {"amx_bf16", "avx512_bf16"}
 def check_devices() -> Iterator[Finding]:
     """Check that torch sees the GPUs of this machine, and that Triton compiles for them."""
     try:
-        torch_version, triton = version("torch"), version("triton")
-    except PackageNotFoundError:  # check_packages reports it; there is no Triton but on Linux
+        torch_version = version("torch")
+    except PackageNotFoundError:  # check_packages reports it
         return
     driver = DRIVER.exists()
     if torch_version.endswith("+cpu"):
@@ -58,7 +58,7 @@ def check_devices() -> Iterator[Finding]:
         return
     for index in range(torch.cuda.device_count()):
         yield _gpu(torch, index)
-    yield _triton(torch, triton)
+    yield _triton(torch)
 
 
 def _bfloat16() -> Finding:
@@ -87,8 +87,12 @@ def _gpu(torch: Any, index: int) -> Finding:
     )
 
 
-def _triton(torch: Any, installed: str) -> Finding:
+def _triton(torch: Any) -> Finding:
     """Compile a kernel of this package, and compare it with its reference."""
+    try:
+        installed = version("triton")
+    except PackageNotFoundError:  # check_packages reports it; torch for AMD brings its own
+        installed = "of another package"
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     try:
         same = kernel_agrees(torch.device("cuda"))
