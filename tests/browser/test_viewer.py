@@ -204,9 +204,11 @@ def new_data_keeps_the_choices(opened) -> None:
     opened.locator(".responses > li").nth(3).click()
     opened.locator(".tokens [role=option]").nth(1).click()
     title, place = opened.locator(".viewer-head h3").inner_text(), current(opened)
-    opened.evaluate(
+    again = (
         """async () => { await startViewer(document.querySelector(".viewer"), report.viewer); }"""
     )
+    opened.evaluate(again)
+    assert opened.evaluate("document.activeElement.className") == "tokens short"
     assert opened.locator(".viewer-head h3").inner_text() == title
     assert current(opened) == place
     assert opened.get_by_label("Colour tokens by").input_value() == "entropy_gap"

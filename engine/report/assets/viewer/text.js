@@ -144,9 +144,11 @@ function drawTokens(root, model, sequence, { name, from, onMove, onPoint }) {
         + (i === marked ? " here" : "");
     });
   }
-  /** Scroll the token into the box, and the page as little as needed. */
-  function reveal(position) {
-    spans[position].scrollIntoView({ block: "nearest", inline: "nearest" });
+  /** Scroll the token into its pane, and the page too if `page`, as little as needed. */
+  function reveal(position, page) {
+    const span = spans[position].getBoundingClientRect(), pane = root.getBoundingClientRect();
+    if (span.top < pane.top || span.bottom > pane.bottom) root.scrollTop += span.top - pane.top - root.clientHeight / 3;
+    if (page) spans[position].scrollIntoView({ block: "nearest", inline: "nearest" });
   }
   return { box, spans, mark, point, paint, reveal, step: (position, key) => stepFrom(spans, position, key) };
 }

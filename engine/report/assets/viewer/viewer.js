@@ -9,9 +9,23 @@ async function startViewer(root, viewer) {
   const turn = (root.turn = (root.turn ?? 0) + 1);
   if (!old) root.replaceChildren(make("p", { className: "note", textContent: "Reading the responses …" }));
   const model = await unpackViewer(viewer);
+  // New data would take the field away that is being filled in.
+  while (old && root.contains(document.activeElement) && document.activeElement.matches("input")) {
+    await new Promise((done) => { root.addEventListener("focusout", () => setTimeout(done), { once: true }); });
+  }
   if (turn !== root.turn) return; // newer data came meanwhile
+  // A growing store has other worst responses: the one that is being read stays until another is chosen.
+  const reading = old?.state.position !== null && old?.state.sequence?.key;
+  if (reading && !model.sequences.some((each) => each.key === reading)) return;
+  const focus = focusable(root).indexOf(document.activeElement);
   viewers.set(root, makeViewer(root, model, old?.state));
+  focusable(root)[focus]?.focus({ preventScroll: true });
   root.dataset.ready = "true";
+}
+
+/** The parts that can have the focus: the same ones as long as the state is the same. */
+function focusable(root) {
+  return [...root.querySelectorAll("select, summary, button, [tabindex='0']")];
 }
 
 function firstState(model) {
@@ -63,7 +77,7 @@ function makeViewer(root, model, before) {
     drawResponses(parts.list, model, responses, state);
     parts.count.textContent = `${formatNumber(responses.length)} of ${formatNumber(model.sequences.length)} responses`;
     if (!responses.includes(state.sequence) && responses.length) choose(responses[0], null);
-    else if (state.sequence && panes[0]?.teacher !== teacherOf(state.sequence)) choose(state.sequence, state.position);
+    else if (state.sequence && panes[0]?.teacher !== teacherOf(state.sequence)) choose(state.sequence, state.position, true);
     markResponse();
     paint();
     showDetail(state.position);
@@ -82,14 +96,14 @@ function makeViewer(root, model, before) {
   }
 
   /** Show a response; position null = none is chosen yet. */
-  function choose(sequence, position) {
+  function choose(sequence, position, quiet = position === null) {
     if (sequence !== state.sequence) state.other = "";
     state.sequence = sequence;
     state.position = position;
     drawHead();
     drawPanes();
     markResponse();
-    move(position, { quiet: position === null });
+    move(position, { quiet });
   }
 
   /** Other teachers of the response, and other responses to its prompt. */
@@ -181,7 +195,7 @@ function makeViewer(root, model, before) {
       const place = position !== null && position < each.sequence.length && (number === pane || position <= equal) ? position : null;
       each.position = place;
       each.text.mark(place);
-      if (place !== null && !quiet) each.text.reveal(place);
+      if (place !== null) each.text.reveal(place, !quiet);
     });
     if (pane === 0 || position <= equal) state.position = position;
     showDetail(position, panes[pane]);
@@ -251,7 +265,7 @@ function makeViewer(root, model, before) {
   root.replaceChildren(inside);
   changed();
   if (opened && !before) show(opened);
-  else if (before && state.sequence) choose(state.sequence, state.position);
+  else if (before && state.sequence) choose(state.sequence, state.position, true);
 
   function show({ sequence, position }) {
     choose(sequence, position);
