@@ -14,8 +14,8 @@ from typing import Any
 
 from logitcask.engine.report.runs import step_of
 
-WINDOW, PART = 20, 5
-"""A window has so many values at most, and at most one part of so many."""
+MOST, FEW, PART = 20, 3, 5
+"""A window is a fifth of the values, FEW at least where that is at most a third, MOST at most."""
 NOISE_FROM = 4
 """Values from which on their noise is estimated."""
 
@@ -61,7 +61,7 @@ def change(lines: Iterable[Mapping[str, Any]], key: str) -> Change | None:
     points = points_of(lines, key)
     if len(points) < 2:
         return None
-    window = min(WINDOW, max(1, len(points) // PART))
+    window = min(MOST, max(1, len(points) // PART, min(FEW, len(points) // FEW)))
     first, last = points[:window], points[-window:]
     errors = [_reported([*first, *last]), _noise(points, window)]
     known = [error for error in errors if error is not None]

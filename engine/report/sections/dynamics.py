@@ -71,9 +71,9 @@ SPECS = (
     Spec(
         id="overlap-ratio",
         title="Overlap ratio",
-        how="Share of the 16 best ids of the student that are also among the teacher's 16 best. It "
-        "counts ids of almost no probability too, so under reverse KL it may fall while the mass "
-        "rises: read both.",
+        how="Share of the 16 best ids of the student (fewer where fewer are stored) that are among "
+        "the teacher's best too. It counts ids of almost no probability, so under reverse KL it "
+        "may fall while the mass rises: read both.",
         y=Axis(name="overlap ratio", form="percent"),
         keys=(("overlap/ratio", ""), ("eval/overlap/ratio", "held out")),
     ),

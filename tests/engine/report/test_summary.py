@@ -57,10 +57,11 @@ def test_the_error_of_a_change_is_the_larger_of_noise_and_reported():
     assert found.direction == 1
     assert replace(found, after=0.6).direction == 0
     assert replace(found, after=0.39).direction == -1
-    # Steps +2 -2 +2 -2 +2: mean square 4, variance of a value 2, of the difference of two 4.
+    # Steps +2 -2 +2 -2 +2: mean square 4, variance of a value 2, of the mean of two 1.
     noisy = change(lines(x=(0, 2, 0, 2, 0, 2), x_se=(0.1,) * 6), "x")
     assert noisy is not None
-    assert noisy.error == pytest.approx(2.0)
+    assert noisy.window == 2
+    assert noisy.error == pytest.approx(math.sqrt(2))
     assert noisy.direction == 0
 
 
