@@ -4,7 +4,6 @@ Times are absolute, so that nothing on the page moves while nothing moves in the
 """
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from itertools import accumulate
 
 from logitcask.engine.packing.teachers import Teachers
@@ -26,18 +25,18 @@ from logitcask.engine.report.sections.state import (
     Commits,
     Pace,
     commits_of,
+    duration,
     run_pace,
     run_state,
+    utc,
 )
-from logitcask.engine.store import Segment, Snapshot, Store
-from logitcask.engine.store.log.claims import claimed_units
+from logitcask.engine.report.sections.workers import claims, processes
+from logitcask.engine.store import Segment, Snapshot
 from logitcask.engine.teachers.refreshes import refresh_version
-from logitcask.engine.workers.timeline import Span, read_timeline
+from logitcask.engine.workers.timeline import read_timeline
 
 POINTS = 400
 """Points of a line at most; of more commits, evenly chosen ones are drawn."""
-WORK = ("unit", "update", "load", "measure", "publish")
-"""Spans of the timeline in which a process works; in others it waits."""
 
 
 def live_section(facts: RunFacts) -> Section:
@@ -63,10 +62,10 @@ def live_section(facts: RunFacts) -> Section:
         made = {"rollout": commits_of(store, rollouts), "score": commits_of(store, scores)}
         panels.append(_rates(made, pace))
         panels += _made(made)
-        panels += _claims(facts, store)
+        panels += claims(facts, store)
     spans = read_timeline(facts.path)
     if spans:
-        panels.append(_processes(spans))
+        panels.append(processes(spans))
     else:
         absent.append(
             Absent(
@@ -267,81 +266,6 @@ def _thinned(count: int) -> list[int]:
     return [round(i * (count - 1) / (POINTS - 1)) for i in range(POINTS)]
 
 
-def _claims(facts: RunFacts, store: Store) -> list[Panel]:
-    held = claimed_units(store.storage)
-    lease = facts.config.get("work", {}).get("lease_seconds")
-    if not held:
-        return []
-    return [
-        Table(
-            id="live-claims",
-            title="Units in work",
-            how="Claims of workers in the store. A claim that is not renewed until its lease ends "
-            "is of a dead worker, and another one takes the unit.",
-            columns=(
-                Axis(name="worker"),
-                Axis(name="unit"),
-                Axis(name="renewed (UTC)"),
-                Axis(name="renewals"),
-                Axis(name="lease ends (UTC)"),
-            ),
-            rows=tuple(
-                (
-                    each.worker or "unknown",
-                    each.unit_key.removeprefix("sha256:")[:12],
-                    utc(each.renewed),
-                    float(each.renewals),
-                    "-" if lease is None else utc(each.renewed + float(lease)),
-                )
-                for each in held
-            ),
-        )
-    ]
-
-
-def _processes(spans: Sequence[Span]) -> Table:
-    """Return the newest span of each process; spans: by their start."""
-    found: dict[tuple[str, str], list[Span]] = {}
-    for each in spans:
-        found.setdefault((each.role, each.process), []).append(each)
-    rows: list[tuple[str | float | None, ...]] = []
-    for (role, process), own in sorted(found.items()):
-        last = own[-1]
-        begun, now = own[0].start, max(each.end or each.start for each in own)
-        worked = sum((each.end or now) - each.start for each in own if each.kind in WORK)
-        rows.append(
-            (
-                f"{role}-{process}",
-                f"{last.kind}{_place(last)}" if last.end is None else f"ended {last.kind}",
-                utc(last.start if last.end is None else last.end),
-                min(1.0, worked / (now - begun)) if now > begun else None,
-                float(len({each.pid for each in own}) - 1),
-                f"{last.host}, process {last.pid}",
-            )
-        )
-    return Table(
-        id="live-processes",
-        title="Processes",
-        how="The newest line of each process in the timeline. A process that waits most of the "
-        "time is not the one that sets the pace; give its machine to another role.",
-        columns=(
-            Axis(name="process"),
-            Axis(name="does"),
-            Axis(name="since (UTC)"),
-            Axis(name="at work", form="percent"),
-            Axis(name="restarts"),
-            Axis(name="where"),
-        ),
-        rows=tuple(rows),
-    )
-
-
-def _place(span: Span) -> str:
-    of = [] if span.round is None else [f"round {span.round}"]
-    of += [] if span.version is None else [f"version {span.version}"]
-    return f" ({', '.join(of)})" if of else ""
-
-
 def _evaluation(facts: RunFacts) -> Table | None:
     if not facts.evaluated:
         return None
@@ -357,22 +281,3 @@ def _evaluation(facts: RunFacts) -> Table | None:
             if name.startswith("eval/") and isinstance(value, int | float | None)
         ),
     )
-
-
-def utc(seconds: float, *, day_of: float | None = None) -> str:
-    """Return a time in UTC, without its date where that is the one of `day_of`.
-
-    Both are in seconds since 1970.
-    """
-    date, time = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S").split()
-    return time if day_of is not None and utc(day_of).startswith(date) else f"{date} {time}"
-
-
-def duration(seconds: float) -> str:
-    """Return a time span in words, two units at most."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
-    first = next((i for i, (count, _) in enumerate(parts) if count), 3)
-    return " ".join(f"{count} {unit}" for count, unit in parts[first : first + 2] if count) or "0 s"

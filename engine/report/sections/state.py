@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
 from logitcask.engine.report.runs import RunFacts
@@ -141,3 +141,22 @@ def commits_of(store: Store, segments: Sequence[Segment]) -> Commits:
         ),
         positions=tuple(each.rows for each in ordered),
     )
+
+
+def utc(seconds: float, *, day_of: float | None = None) -> str:
+    """Return a time in UTC, without its date where that is the one of `day_of`.
+
+    Both are in seconds since 1970.
+    """
+    date, time = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S").split()
+    return time if day_of is not None and utc(day_of).startswith(date) else f"{date} {time}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time span in words, two units at most."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
+    first = next((i for i, (count, _) in enumerate(parts) if count), 3)
+    return " ".join(f"{count} {unit}" for count, unit in parts[first : first + 2] if count) or "0 s"

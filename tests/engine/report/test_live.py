@@ -9,13 +9,15 @@ import pytest
 from logitcask.engine.report.panels import Bars, Lines, Section, Table
 from logitcask.engine.report.runs import RunFacts
 from logitcask.engine.report.sections import live
-from logitcask.engine.report.sections.live import duration, live_section
+from logitcask.engine.report.sections.live import live_section
 from logitcask.engine.report.sections.state import (
     Commits,
     Pace,
     RunState,
+    duration,
     run_pace,
     run_state,
+    utc,
 )
 from logitcask.engine.store import Store
 from logitcask.engine.store.log.claims import Claims, claimed_units
@@ -123,7 +125,7 @@ def test_processes_are_those_of_the_timeline(
     with span(file, "unit", round=1, version=2):
         (row,) = tables(live_section(facts))["live-processes"].rows
     # At work for 30 of the 100 seconds up to its newest line.
-    assert row[:5] == ("score-0", "unit (round 1, version 2)", live.utc(200.0), 0.3, 0.0)
+    assert row[:5] == ("score-0", "unit (round 1, version 2)", utc(200.0), 0.3, 0.0)
 
 
 def test_claims_are_those_of_the_store(tmp_path: Path) -> None:
@@ -139,9 +141,9 @@ def test_claims_are_those_of_the_store(tmp_path: Path) -> None:
     assert row == (
         "w-score-0",
         "ab" * 6,
-        live.utc(found.renewed),
+        utc(found.renewed),
         1.0,
-        live.utc(found.renewed + 60),
+        utc(found.renewed + 60),
     )
     claim.release()
     store.storage.create(f"claims/ab/{'cd' * 31}.0000000000", b"{")
@@ -197,8 +199,8 @@ def test_lines_are_thinned_and_keep_their_end() -> None:
 
 def test_a_time_of_another_day_has_its_date() -> None:
     day = 1_800_000_000.0
-    assert live.utc(day + 3600, day_of=day) == "09:00:00"
-    assert live.utc(day + 86_400, day_of=day) == "2027-01-16 08:00:00"
+    assert utc(day + 3600, day_of=day) == "09:00:00"
+    assert utc(day + 86_400, day_of=day) == "2027-01-16 08:00:00"
 
 
 def test_durations_have_two_units() -> None:
