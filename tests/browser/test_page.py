@@ -146,6 +146,10 @@ def test_runs_differ_in_colour_and_quantities_in_dashes(open_page) -> None:
     texts = two.locator("#panel-lines .legend li").all_inner_texts()
     assert texts == ["loss", "loss of held-out rows", "first", "second"]
     assert two.locator("#runs li").all_inner_texts() == ["first", "second"]
+    # Pointing at a run makes the lines of the other one pale.
+    two.locator("#panel-lines .legend li", has_text="second").hover()
+    pale = two.locator(strokes).evaluate_all("nodes => nodes.map(n => n.matches('.dim'))")
+    assert pale == [True, True, False, False]
 
 
 def lines_of_two_runs():
