@@ -3,7 +3,7 @@
 A segment is read at a time, and its rows are made in blocks, so memory is bounded by a segment.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -144,9 +144,17 @@ def blocks(store: Store, selection: Selection, index: int) -> Iterator[Block]:
         for name, each in made.items()
         if each is not None and each.counts is not None
     }
+    student, pair = data.student, None
+    # Draws are no top list: the mass outside of them is not stored as one number.
+    if scores is not None and student is not None and scores.mult is None:
+        pair = (student, scores)
+        lists = [starts(each) for each in (student.cnt, scores.s_cnt, scores.cnt)]
     for first in range(0, data.positions, ROWS):
         rows = slice(first, min(first + ROWS, data.positions))
-        yield {name: _part(made[name], rows, offsets.get(name)) for name in COLUMNS}
+        block = {name: _part(made[name], rows, offsets.get(name)) for name in COLUMNS}
+        if pair is not None:
+            block |= _kl_columns(*pair, rows, lists)
+        yield block
 
 
 def rows_of(block: Block) -> Iterator[dict[str, Any]]:
@@ -231,15 +239,22 @@ def _columns(segment: Segment, data: Rollouts, scores: CachedScores | None, firs
         made["teacher_entropy_upper"] = Column(scores.entropy_hi, valid=valid)
     if scores.mult is not None:
         made["teacher_multiplicities"] = Column(_by_rank(scores, scores.mult, cnt), cnt, valid)
-    # Draws are no top list: the mass outside of them is not stored as one number.
-    if student is not None and scores.mult is None:
-        count, forward, reverse = _kl(student, scores)
-        # No id in common says nothing, though its KL would be that of two buckets: 0.
-        common = (count > 0) if valid is None else (count > 0) & valid
-        made["kl_n_ids"] = Column(count, valid=valid)
-        made["forward_kl"] = Column(forward, valid=common)
-        made["reverse_kl"] = Column(reverse, valid=common)
     return made
+
+
+def _kl_columns(
+    student: Scores, scores: CachedScores, rows: slice, offsets: Sequence[Array]
+) -> Block:
+    """Return the columns of the KL of some rows, which take most of the time of a block."""
+    valid = None if scores.scored is None else scores.scored[rows]
+    count, forward, reverse = _kl(student, scores, rows, offsets)
+    # No id in common says nothing, though its KL would be that of two buckets: 0.
+    common = (count > 0) if valid is None else (count > 0) & valid
+    return {
+        "kl_n_ids": Column(count, valid=valid),
+        "forward_kl": Column(forward, valid=common),
+        "reverse_kl": Column(reverse, valid=common),
+    }
 
 
 def _by_rank(scores: CachedScores, mult: Array, cnt: Array) -> Array:
@@ -249,44 +264,44 @@ def _by_rank(scores: CachedScores, mult: Array, cnt: Array) -> Array:
     return out
 
 
-def _kl(student: Scores, scores: CachedScores) -> tuple[Array, Array, Array]:
-    """Return (ids compared, KL(q || p), KL(p || q)), each [P], of the student that sampled.
+def _kl(
+    student: Scores, scores: CachedScores, rows: slice, offsets: Sequence[Array]
+) -> tuple[Array, Array, Array]:
+    """Return (ids compared, KL(q || p), KL(p || q)) of n rows, each [n], of the student that
+    sampled.
 
     Both distributions are coarsened to the ids of the student's list that the teacher scored and
     one bucket of all others, and normalised, since entries are rounded. So each is a lower bound
     of the KL over the whole vocabulary. The bucket is left out where one side has no mass in it.
+    offsets: of the lists of the student, of the teacher at the student's ids, and of the teacher.
     """
-    count = np.empty(len(student.cnt), np.uint16)
-    forward, reverse = (np.empty(len(count), np.float32) for _ in range(2))
-    offsets = [starts(each) for each in (student.cnt, scores.s_cnt, scores.cnt)]
-    for first in range(0, len(count), ROWS):
-        rows = slice(first, min(first + ROWS, len(count)))
-        of, of_s, of_t = (slice(int(off[rows.start]), int(off[rows.stop])) for off in offsets)
-        listed = student.cnt[rows]
-        at = find(student.ids[of], listed, scores.s_ids[of_s], scores.s_cnt[rows])
-        entry = np.repeat(starts(listed)[:-1], scores.s_cnt[rows]) + at
-        flat = np.full(int(listed.sum(dtype=np.int64)), -np.inf)
-        flat[entry] = scores.s_lp[of_s]
-        scored = np.zeros(len(flat), bool)
-        scored[entry] = True
-        log_p, _ = matrix(student.entry_lp[of].astype(np.float64), listed, -np.inf)
-        log_q, _ = matrix(flat, listed, -np.inf)
-        known, _ = matrix(scored, listed, False)
-        others, _ = matrix(scores.entry_lp[of_t].astype(np.float64), scores.cnt[rows], -np.inf)
-        # An id without mass on one side goes to the bucket, as in the losses.
-        on = known & (log_p != -np.inf) & (log_q != -np.inf)
-        p_rest = _with_tail(student.log_tail[rows], np.where(on, -np.inf, log_p))
-        q_rest = _with_tail(scores.log_tail[rows], others, np.where(known & ~on, log_q, -np.inf))
-        both = (p_rest != -np.inf) & (q_rest != -np.inf)
-        mask = torch.from_numpy(np.concatenate([on, both[:, None]], 1))
-        p, q = (
-            renormalised(torch.from_numpy(np.concatenate([x, rest[:, None]], 1)), mask)
-            for x, rest in ((log_p, p_rest), (log_q, q_rest))
-        )
-        count[rows] = on.sum(1)
-        forward[rows] = DIVERGENCES["forward_kl"](p, q, mask, 0.0).numpy()
-        reverse[rows] = DIVERGENCES["reverse_kl"](p, q, mask, 0.0).numpy()
-    return count, forward, reverse
+    of, of_s, of_t = (slice(int(off[rows.start]), int(off[rows.stop])) for off in offsets)
+    listed = student.cnt[rows]
+    at = find(student.ids[of], listed, scores.s_ids[of_s], scores.s_cnt[rows])
+    entry = np.repeat(starts(listed)[:-1], scores.s_cnt[rows]) + at
+    flat = np.full(int(listed.sum(dtype=np.int64)), -np.inf)
+    flat[entry] = scores.s_lp[of_s]
+    scored = np.zeros(len(flat), bool)
+    scored[entry] = True
+    log_p, _ = matrix(student.entry_lp[of].astype(np.float64), listed, -np.inf)
+    log_q, _ = matrix(flat, listed, -np.inf)
+    known, _ = matrix(scored, listed, False)
+    others, _ = matrix(scores.entry_lp[of_t].astype(np.float64), scores.cnt[rows], -np.inf)
+    # An id without mass on one side goes to the bucket, as in the losses.
+    on = known & (log_p != -np.inf) & (log_q != -np.inf)
+    p_rest = _with_tail(student.log_tail[rows], np.where(on, -np.inf, log_p))
+    q_rest = _with_tail(scores.log_tail[rows], others, np.where(known & ~on, log_q, -np.inf))
+    both = (p_rest != -np.inf) & (q_rest != -np.inf)
+    mask = torch.from_numpy(np.concatenate([on, both[:, None]], 1))
+    p, q = (
+        renormalised(torch.from_numpy(np.concatenate([x, rest[:, None]], 1)), mask)
+        for x, rest in ((log_p, p_rest), (log_q, q_rest))
+    )
+    forward, reverse = (
+        DIVERGENCES[name](p, q, mask, 0.0).numpy().astype(np.float32)
+        for name in ("forward_kl", "reverse_kl")
+    )
+    return on.sum(1).astype(np.uint16), forward, reverse
 
 
 def _with_tail(log_tail: Array, *left: Array) -> Array:

@@ -92,24 +92,33 @@ def position_report(
 
 
 def position_rows(
-    store: Store, snapshot: Snapshot, *, rollouts: str | None = None, teacher: str | None = None
+    store: Store,
+    snapshot: Snapshot,
+    *,
+    rollouts: str | None = None,
+    teacher: str | None = None,
+    most: int | None = None,
 ) -> PositionRows:
     """Read the rows of the probe.
 
-    Raises as `select`, and IncompleteError without scores, the student's lists or a row that
-    counts.
+    most: rows after which no further block of a segment is read. Raises as `select`, and
+    IncompleteError without scores, the student's lists or a row that counts.
     """
     selection = select(snapshot, rollouts=rollouts, teacher=teacher)
     k = common_k(selection)
     found: list[tuple[Array, Array, Array]] = []
     count = len(selection.segments)
     for index in counted("read segments", range(count), count, "segments"):
+        read = 0
         for block in blocks(store, selection, index):
             counts, values = row_values(block, k)
             position, version = (
                 column_of(block, name)[counts] for name in ("position", "policy_version_start")
             )
             found.append((position, version, values[counts]))
+            read += len(counts)
+            if most is not None and read >= most:
+                break
     position, version, values = (np.concatenate(each) for each in zip(*found, strict=True))
     if not len(position):
         raise IncompleteError(

@@ -3,11 +3,13 @@
 Values, their formulas and units are those of engine/probes/positions.py.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from logitcask.engine.errors import LogitcaskError
+from logitcask.engine.exchange.positions import ROWS
 from logitcask.engine.probes.positions import (
     PositionRows,
     Range,
@@ -73,28 +75,35 @@ def positions_section(runs: Sequence[RunFacts], *, most: int = MOST_ROWS) -> Sec
     student that sampled. A store alone is a run with an empty record. Reads `most` positions of
     the first run, and as many of all others together; what a run lacks is an Absent.
     """
-    found: dict[int, tuple[StoredRows, PositionRows]] = {}
+    found: dict[int, PositionRows] = {}
+    notes: list[str] = []
     absent: list[Absent] = []
     seen = set[tuple[str, str, str]]()
     for number, facts in enumerate(runs):
         title = f"Positions of {facts.name}" if len(runs) > 1 else "Positions"
         try:
-            of = stored_rows(facts, most=most // (1 if number == 0 else len(runs) - 1))
+            budget = most // (1 if number == 0 else len(runs) - 1)
+            of = stored_rows(facts, most=budget)
             if (key := (of.store.uuid, of.rollouts, of.teacher)) in seen:
                 continue
             rows = position_rows(
-                of.store, of.snapshot, rollouts=of.rollouts, teacher=of.teacher
-            )  # fmt: skip
+                of.store,
+                of.snapshot,
+                rollouts=of.rollouts,
+                teacher=of.teacher,
+                most=_most_of_each(of, budget),
+            )
         except LogitcaskError as error:
             absent.append(Absent(title=title, why=f"{error.cause}; {error.hint}"))
             continue
         seen.add(key)
-        found[number] = (of, rows)
+        found[number] = rows
+        notes.append(_note(of, budget))
     panels: list[Panel] = []
     if found:
-        panels += _lines(found)
-        of, rows = next(iter(found.values()))
-        maps = map_panels(ranges_of_versions(rows, HEAT_BINS), "positions", note=of.note)
+        panels += _lines(found, notes[0])
+        rows = next(iter(found.values()))
+        maps = map_panels(ranges_of_versions(rows, HEAT_BINS), "positions", note=notes[0])
         panels += maps
         if not maps:
             absent.append(
@@ -109,28 +118,41 @@ def positions_section(runs: Sequence[RunFacts], *, most: int = MOST_ROWS) -> Sec
     )  # fmt: skip
 
 
-def _lines(found: Mapping[int, tuple[StoredRows, PositionRows]]) -> list[Panel]:
-    (first_of, first), *_ = found.values()
+def _most_of_each(of: StoredRows, budget: int) -> int:
+    """Return the rows of a segment that are read: a large one must not take all of the time."""
+    return max(1, 2 * budget // of.segments)
+
+
+def _note(of: StoredRows, budget: int) -> str:
+    """Return the sentences on the rows that were chosen, after a space."""
+    first = ROWS * math.ceil(_most_of_each(of, budget) / ROWS)
+    longest = max(each.counts["P"] for each in of.snapshot.rollouts(of.rollouts))
+    some = f" Of each segment its first {first:,} positions." if longest > first else ""
+    return of.note + some
+
+
+def _lines(found: Mapping[int, PositionRows], note: str) -> list[Panel]:
+    first, *_ = found.values()
     quarters = ranges(first, 4)
     # A few responses that go on for long would stand for the end of all.
     least = max(LEAST_ROWS, LEAST_SHARE * max(each.rows for each in quarters))
     where = reading(tuple(each for each in quarters if each.rows >= least))
     panels = line_panels(
-        {number: ranges(rows, LINE_BINS) for number, (_, rows) in found.items()},
+        {number: ranges(rows, LINE_BINS) for number, rows in found.items()},
         "positions",
         k=first.k,
         where=where,
-        note=first_of.note,
+        note=note,
     )
     panels.append(
         Lines(
             id="positions-responses",
             title="Responses that reach a position",
             how=f"Where it is low, means of the positions are noise: ranges with fewer than "
-            f"{LEAST_ROWS} tokens are left out of the lines." + first_of.note,
+            f"{LEAST_ROWS} tokens are left out of the lines." + note,
             x=_POSITION,
             y=Axis(name="responses"),
-            series=tuple(_reached(rows, number) for number, (_, rows) in found.items()),
+            series=tuple(_reached(rows, number) for number, rows in found.items()),
         )
     )
     return panels

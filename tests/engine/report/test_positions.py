@@ -118,3 +118,20 @@ def test_a_store_of_several_names_says_which_were_measured(tmp_path: Path) -> No
     assert "Rollouts 'main' with scores of 'big', of several." in entropy.how
     run = facts_of(store, record={"rollouts": "main", "teacher": "other"})
     assert "of several" not in positions_section([run]).panels[0].how
+
+
+def test_of_a_large_segment_the_first_blocks_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(tmp_path / "s", [make_unit(0, prompts=24, lengths=[4] * 48)])
+    whole = position_report(store, store.head(), bins=4)
+    for module in ("exchange.positions", "report.sections.positions"):
+        monkeypatch.setattr(f"logitcask.engine.{module}.ROWS", 48)
+    panels = positions_section([facts_of(store)], most=40).panels
+    responses = panels[-1]
+    assert isinstance(responses, Lines)
+    # 2 * 40 of 192 rows are asked for, so two blocks of 48 are read.
+    assert responses.series[0].y == (24, 24, 24, 24)
+    assert "Of each segment its first 96 positions." in responses.how
+    again = position_report(store, store.head(), bins=4)
+    assert again.ranges == whole.ranges, "blocks change nothing"

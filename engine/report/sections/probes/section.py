@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from logitcask.engine.config.probes import RewardProbe
-from logitcask.engine.errors import ConfigError, LogitcaskError
+from logitcask.engine.errors import ConfigError, IncompleteError, LogitcaskError
 from logitcask.engine.probes.correctness import correctness_report
 from logitcask.engine.probes.reward import reward_report, sequence_rewards
 from logitcask.engine.report.panels import Absent, Panel, Section
@@ -78,10 +78,16 @@ def probes_section(
 def _computed(facts: RunFacts, most: int) -> list[Panel]:
     """Return the panels of the probes of correct and incorrect responses.
 
-    Raises as `sequence_rewards` and `reward_report`.
+    Raises as `sequence_rewards` and `reward_report`, and IncompleteError for a large segment.
     """
     of = stored_rows(facts, most=most)
     names = {"rollouts": of.rollouts, "teacher": of.teacher}
+    positions = sum(each.counts["P"] for each in of.snapshot.rollouts(of.rollouts))
+    if positions > 8 * most:
+        raise IncompleteError(
+            f"a segment has {positions:,} positions, which is too much for a page",
+            hint="`logitcask probe correctness --format json > FILE`, then --probe FILE",
+        )
     correct_from = RewardProbe().correct_from
     found = sequence_rewards(of.store, of.snapshot, **names)
     reports = {
