@@ -7,6 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from logitcask.engine.alignment.token_bytes import BYTE_OF_CHAR
 from logitcask.engine.errors import IdentityError, ModelError
 from logitcask.engine.models.identity import resolve_model, tokenizer_digest
@@ -36,10 +38,13 @@ class TokenTexts:
         """
         if self._tokenizer is None:
             return [(None, "")] * len(ids)
-        pieces = self._tokenizer.convert_ids_to_tokens(list(ids))
-        texts = self._tokenizer.batch_decode(
-            [[each] for each in ids], clean_up_tokenization_spaces=False
-        )
+        alone = [[each] for each in ids]
+        if isinstance(self._tokenizer, Tokenizer):
+            pieces = [self._tokenizer.id_to_token(each) for each in ids]
+            texts = self._tokenizer.decode_batch(alone, skip_special_tokens=False)
+        else:
+            pieces = self._tokenizer.convert_ids_to_tokens(list(ids))
+            texts = self._tokenizer.batch_decode(alone, clean_up_tokenization_spaces=False)
         return [_shown(piece, text) for piece, text in zip(pieces, texts, strict=True)]
 
 
@@ -89,7 +94,7 @@ def token_texts(source: Source, rollouts: str, tokenizer: str = "") -> TokenText
 
 
 def _checked(path: Path, digest: str) -> TokenTexts:
-    tokenizer, found = _load(str(path), os.stat(path).st_mtime_ns)
+    tokenizer, found = _load(str(path), os.stat(path).st_mtime_ns, digest)
     if digest and found != digest:
         raise IdentityError(
             f"the tokenizer of {path} is not that of these rollouts, {digest}",
@@ -100,8 +105,21 @@ def _checked(path: Path, digest: str) -> TokenTexts:
 
 
 @lru_cache(maxsize=4)
-def _load(path: str, changed: int) -> tuple[Any, str]:
-    """Return (tokenizer, its digest); a live page asks again and again."""
+def _load(path: str, changed: int, digest: str) -> tuple[Any, str]:
+    """Return (tokenizer, its digest); a live page asks again and again.
+
+    transformers takes a second to import. The file alone will do where its digest is the recorded
+    one: then there is nothing that other files of the folder add to it.
+    """
     del changed  # a part of the key
+    file = Path(path) / "tokenizer.json"
+    if digest and file.is_file():
+        try:
+            found = Tokenizer.from_file(str(file))
+        # tokenizers raises bare Exception; below, transformers reads the same file and says why.
+        except Exception:
+            found = None
+        if found is not None and tokenizer_digest(found) == digest:
+            return found, digest
     tokenizer = load_tokenizer(Path(path))
     return tokenizer, tokenizer_digest(tokenizer)

@@ -46,21 +46,24 @@ def pieces() -> PreTrainedTokenizerFast:
 def test_parts_of_characters_are_bytes_and_whole_ones_are_text() -> None:
     tokenizer = byte_level()
     ids = tokenizer("a é\n\U0001f600")["input_ids"]
-    assert TokenTexts(tokenizer).of(ids) == [
-        *(("a", ""), (" ", ""), ("", "C3"), ("", "A9"), ("\n", "")),
-        *(("", "F0"), ("", "9F"), ("", "98"), ("", "80")),
-    ]
+    for each in (tokenizer, tokenizer.backend_tokenizer):
+        assert TokenTexts(each).of(ids) == [
+            *(("a", ""), (" ", ""), ("", "C3"), ("", "A9"), ("\n", "")),
+            *(("", "F0"), ("", "9F"), ("", "98"), ("", "80")),
+        ]
 
 
 def test_spaces_at_the_beginning_of_a_piece_are_kept() -> None:
-    assert TokenTexts(pieces()).of([1, 2, 3, 4, 5]) == [
-        *((" the", ""), ("the", ""), ("", "F0"), ("A", ""), (" ", "")),
-    ]
+    for each in (pieces(), pieces().backend_tokenizer):
+        assert TokenTexts(each).of([1, 2, 3, 4, 5]) == [
+            *((" the", ""), ("the", ""), ("", "F0"), ("A", ""), (" ", "")),
+        ]
 
 
 def test_ids_without_a_text_have_none() -> None:
     assert TokenTexts().of([7, 7]) == [(None, ""), (None, "")]
-    assert TokenTexts(make_tokenizer()).of([3, 4, 500]) == [("\n", ""), (" ", ""), (None, "")]
+    for each in (make_tokenizer(), make_tokenizer().backend_tokenizer):
+        assert TokenTexts(each).of([3, 4, 500]) == [("\n", ""), (" ", ""), (None, "")]
 
 
 @pytest.fixture
@@ -97,6 +100,8 @@ def test_text_is_by_the_recorded_student_or_a_folder_with_its_tokenizer(
     gone = viewer_data([source])
     assert set(unpack(gone)[0]["texts"]) == {None}
     assert "ids stand for texts" in gone["notes"][-1]
+    # The file is enough: without its configuration transformers would not load it.
+    (moved / "tokenizer_config.json").write_text("no JSON")
     found = token_texts(replace(source, folders=(str(moved),)), "main")
     assert (found.note, found.of([4])) == ("", [(" ", "")])
 
