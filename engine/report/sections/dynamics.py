@@ -39,19 +39,25 @@ def _one(key: str, title: str, how: str, unit: str, *, log: bool = False) -> Spe
 _SHARE = Axis(name="share of the positions", form="percent")
 _MASS = Axis(name="probability", form="percent")
 
-SPECS = (
-    Spec(
-        id="accuracy",
-        title="Accuracy",
-        how="Mean reward of the graded responses to other prompts: of the first response, and of "
-        "all responses to a prompt. The band is the standard error over prompts.",
-        y=Axis(name="mean reward", form="percent"),
-        keys=(
-            ("eval/accuracy", "first response"),
-            ("eval/avg_at_n", "all responses"),
-            (TEACHER_ACCURACY, "teacher"),
-        ),
+ACCURACY = Spec(
+    id="accuracy",
+    title="Accuracy",
+    how="Mean reward of the graded responses to other prompts: of the first response, and of "
+    "all responses to a prompt. The band is the standard error over prompts.",
+    y=Axis(name="mean reward", form="percent"),
+    keys=(
+        ("eval/accuracy", "first response"),
+        ("eval/avg_at_n", "all responses"),
+        (TEACHER_ACCURACY, "teacher"),
     ),
+)
+_NOT_GRADED = (
+    "no graded evaluation: `logitcask train --eval-prompts FILE` measures it before and after, and "
+    "`logitcask evaluate RUN --worker --eval-prompts FILE` later"
+)
+
+SPECS = (
+    ACCURACY,
     Spec(
         id="loss",
         title="Loss",
@@ -219,25 +225,20 @@ SPECS = (
     ),
 )
 
-EXPECTED = {
-    "accuracy": "no graded evaluation: `logitcask train --eval-prompts FILE` measures it before "
-    "and after, and `logitcask evaluate RUN --worker --eval-prompts FILE` later",
-    "skipped": "",
-    "cache-resampled": "",
-}
-"""Panel -> the reason why a run may lack it; '' = it is not missed."""
+NOT_MISSED = ("skipped", "cache-resampled")
+"""Panels of what comes in some runs alone."""
 
 
 def dynamics(runs: Sequence[RunFacts]) -> Section:
     """Return the panels of all metrics that some run has."""
-    panels, absent = [], []
-    for spec in SPECS:
-        if (panel := lines_of(spec, runs)) is not None:
-            panels.append(panel)
-        elif why := EXPECTED.get(spec.id, "no update of these runs has logged it yet"):
-            absent.append(Absent(title=spec.title, why=why))
-    if (panel := _rate(runs)) is not None:
-        panels.append(panel)
+    made = {spec: lines_of(spec, runs) for spec in SPECS}
+    panels = [panel for panel in (*made.values(), _rate(runs)) if panel is not None]
+    missed = [s for s, panel in made.items() if panel is None and s.id not in NOT_MISSED]
+    absent = []
+    if ACCURACY in missed:
+        absent.append(Absent(title=ACCURACY.title, why=_NOT_GRADED))
+    if others := ", ".join(spec.title for spec in missed if spec is not ACCURACY):
+        absent.append(Absent(title=others, why="no update of these runs has logged it yet"))
     return Section(id="dynamics", title="Dynamics", panels=tuple(panels), absent=tuple(absent))
 
 

@@ -190,7 +190,7 @@ def trouble(run: RunFacts) -> Iterator[Sentence]:
         said = {
             RUNNING: f"The run goes on: {run.done:,}{of} updates are logged",
             STOPPED: f"The run stopped before its end: {run.done:,}{of} updates are logged; the "
-            "same command goes on from its newest checkpoint",
+            "same command goes on with it",
         }
         yield Sentence(text=f"{said[state]}.", state="warning" if state == STOPPED else "neutral")
     broken = [step_of(line) for line in run.updates if line.get("loss") is None]
