@@ -62,8 +62,7 @@ from logitcask.engine.report.panels import SEQUENCES, Report
     "tracker",
     type=click.Choice(["wandb", "mlflow", "trackio", "tensorboard"]),
     help="Tracker that gets the page too, as an artefact; tensorboard gets the summary as text. "
-    "wandb and trackio add it to the run of the training, mlflow to that of MLFLOW_RUN_ID; else a "
-    "new run has the name of RUN.",
+    "A run of the training with this tracker gets it; else a new one has the name of RUN.",
 )
 @click.option(
     "--serve",

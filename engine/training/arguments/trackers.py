@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from logitcask.engine.models.digests import replace_text
 from logitcask.engine.training.run_dir.files import TENSORBOARD, TRACKERS, writing
 
 integration_utils: Any = module
-WANDB = "wandb"
+WANDB, MLFLOW = "wandb", "mlflow"
 EXTRA = 'pip install -e ".[trackers]"'
 PACKAGES = {"comet_ml": "comet-ml", "azure_ml": "azureml-mlflow", "flyte": "flytekit"}
 """Names of packages that differ from the tracker's."""
@@ -81,10 +82,11 @@ def own_names() -> Iterator[None]:
 def ended_runs(report_to: Sequence[str], out: Path) -> Iterator[None]:
     """End the W&B run that a training begins, so that the next of this process has its own.
 
-    Its identity is noted in the folder `out`, for what later adds to it.
+    The identities of the runs are noted in the folder `out`, for what later adds to them.
     """
     if WANDB not in report_to:
         yield
+        _note_runs(report_to, out)
         return
     import wandb
 
@@ -95,9 +97,18 @@ def ended_runs(report_to: Sequence[str], out: Path) -> Iterator[None]:
         if earlier is None:
             wandb.finish(exit_code=1)
         raise
-    if (run := wandb.run) is not None:
-        own = {"entity": run.entity, "project": run.project, "id": run.id}
-        with writing(out / TRACKERS):
-            replace_text(out / TRACKERS, json.dumps({WANDB: own}, indent=1) + "\n")
+    _note_runs(report_to, out)
     if earlier is None:
         wandb.finish()
+
+
+def _note_runs(report_to: Sequence[str], out: Path) -> None:
+    """Write TRACKERS; only the process that reports has runs."""
+    own: dict[str, dict[str, str]] = {}
+    if WANDB in report_to and (run := import_module(WANDB).run) is not None:
+        own[WANDB] = {"entity": run.entity, "project": run.project, "id": run.id}
+    if MLFLOW in report_to and (run := import_module(MLFLOW).last_active_run()) is not None:
+        own[MLFLOW] = {"id": run.info.run_id}
+    if own:
+        with writing(out / TRACKERS):
+            replace_text(out / TRACKERS, json.dumps(own, indent=1) + "\n")

@@ -2,8 +2,10 @@
 
 import json
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from logitcask.engine.config.training import Train
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.models.forward import inner_model
 from logitcask.engine.store import Store
-from logitcask.engine.training.arguments.trackers import check_trackers
+from logitcask.engine.training.arguments.trackers import check_trackers, ended_runs
 from logitcask.engine.training.evaluation.responses import EvalPlan
 from logitcask.engine.training.train import train
 from logitcask.engine.types import ModelRef, Prompt, SamplingParams, no_progress
@@ -138,6 +140,19 @@ def test_wandb_offline_holds_the_lines_of_the_metrics(
     for theirs, ours in zip(found, expected, strict=True):
         assert {name: theirs[name] for name in ours} == ours
         assert theirs["train/global_step"] == ours["progress/step"]
+
+
+def test_the_run_of_mlflow_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read what its package says; CI does not have it."""
+    last: list[Any] = [None, SimpleNamespace(info=SimpleNamespace(run_id="r1"))]
+    package: Any = SimpleNamespace(last_active_run=lambda: last.pop(0))
+    monkeypatch.setitem(sys.modules, "mlflow", package)
+    with ended_runs(["mlflow"], tmp_path):
+        pass
+    assert not (tmp_path / "trackers.json").exists(), "of a process that does not report"
+    with ended_runs(["mlflow"], tmp_path):
+        pass
+    assert json.loads((tmp_path / "trackers.json").read_text()) == {"mlflow": {"id": "r1"}}
 
 
 def test_wandb_logs_no_model_that_is_not_proved(monkeypatch: pytest.MonkeyPatch) -> None:
