@@ -159,7 +159,7 @@ function drawLines(panel, report, width) {
     Plot.tip(tips, Plot.pointerX({ x: "x", frameAnchor: "top", title: "text", maxRadius: 1e4, lineWidth: 30, lineHeight: 1.25 })),
   );
   const scaleX = scaleOf(panel.x, x, places, false, Math.floor(width / (panel.x.form === "log" ? 50 : 80)));
-  const scaleY = scaleOf(panel.y, y, numbers, true, 6);
+  const scaleY = scaleOf(panel.y, y, numbers, true, 5);
   marks.unshift(Plot.gridY({ strokeOpacity: 0.12, ticks: scaleY.ticks }));
   const chart = plot(width, { height: 244, marginLeft: 52, x: scaleX, y: scaleY, marks });
   const parts = linesLegend(looks, report, chart);

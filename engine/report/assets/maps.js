@@ -87,7 +87,7 @@ function drawTimeline(panel, report, width, choices) {
   function draw() {
     const wide = (width - room) * (printing ? 1 : choices.zoom);
     scroller.replaceChildren(plot(wide, {
-      ...common, marginLeft: 4,
+      ...common, marginLeft: 14,
       x: { label: `time since the beginning (${unit})`, labelArrow: "none", domain: [0, end * factor], ticks: wide / 90 },
       marks: [
         Plot.gridX({ strokeOpacity: 0.12 }),
