@@ -145,10 +145,10 @@ def _notes(
 ) -> list[str]:
     """Return a sentence for everything that the page does not show."""
     notes = [
-        f"{each.source.name or each.rollouts}: {len(each.parts)} of {each.segments} segments were "
-        "read, spread from the first to the last; the worst responses are those of these segments"
+        f"{each.source.name or each.rollouts}: {each.read:,} of {each.positions:,} positions were "
+        "read, spread from the first segment to the last; the worst responses are those of these"
         for each in loaded
-        if len(each.parts) < each.segments
+        if each.read < each.positions
     ]
     found = sum(len(each.responses) for each in loaded)
     if total < found:

@@ -1,7 +1,7 @@
 """Stores as sources of the viewer: their responses, and the segments that are read.
 
 A page is made in seconds, also of stores of millions of positions: about MOST_POSITIONS are read of
-all sources together, as whole segments that are spread over the versions of the student.
+all sources together, as segments that are spread over the versions of the student.
 """
 
 from collections.abc import Iterator
@@ -88,8 +88,13 @@ class Loaded:
     parts: tuple[Part, ...]
     responses: tuple[Response, ...]
     """In the order of the store; those without a token are left out."""
-    segments: int
+    positions: int
     """Of these rollouts in the store."""
+
+    @property
+    def read(self) -> int:
+        """Return the positions that were read."""
+        return sum(len(column_of(each.rows, "token")) for each in self.parts)
 
 
 def load(source: Source, most: int) -> Loaded | None:
@@ -103,7 +108,8 @@ def load(source: Source, most: int) -> Loaded | None:
     first = source.rollouts or _most_scored(source.snapshot, names)
     name = choose(names, first, what="rollouts")
     selections = _selections(source, name)
-    parts = tuple(_part(source.store, selections, index) for index in _spread(selections[0], most))
+    chosen = _spread(selections[0], most)
+    parts = tuple(_part(source.store, selections, index, most // len(chosen)) for index in chosen)
     return Loaded(
         source=source,
         rollouts=name,
@@ -111,7 +117,7 @@ def load(source: Source, most: int) -> Loaded | None:
         responses=tuple(
             each for number, part in enumerate(parts) for each in _responses(part, number)
         ),
-        segments=len(selections[0].segments),
+        positions=sum(each.counts["P"] for each, _ in selections[0].segments),
     )
 
 
@@ -159,18 +165,19 @@ def _spread(selection: Selection, most: int) -> list[int]:
     return [candidates[int(i)] for i in np.unique(np.round(chosen).astype(int))]
 
 
-def _part(store: Store, selections: list[Selection], index: int) -> Part:
+def _part(store: Store, selections: list[Selection], index: int, most: int) -> Part:
+    """Read the blocks of a segment with its first `most` positions."""
     scored = [
         Scored(
             teacher=each.teacher,
-            block=_joined(list(blocks(store, each, index))),
+            block=_read(store, each, index, most),
             k=_k_of(each, index),
         )
         for each in selections
         if each.teacher is not None and each.segments[index][1]
     ]
     first = selections[0]
-    rows = scored[0].block if scored else _joined(list(blocks(store, first, index)))
+    rows = scored[0].block if scored else _read(store, first, index, most)
     return Part(segment=first.segments[index][0], rows=rows, scored=tuple(scored))
 
 
@@ -181,6 +188,19 @@ def _k_of(selection: Selection, index: int) -> int:
         return common_k(replace(selection, segments=(selection.segments[index],)))
     except IncompleteError:
         return 0
+
+
+def _read(store: Store, selection: Selection, index: int, most: int) -> Block:
+    """Return the first `most` rows, or all of the first response where it is longer."""
+    found: list[Block] = []
+    rows = 0
+    for each in blocks(store, selection, index):
+        found.append(each)
+        sequence = column_of(each, "sequence")
+        rows += len(sequence)
+        if rows >= most and len(sequence) and sequence[-1] != column_of(found[0], "sequence")[0]:
+            break
+    return _joined(found)
 
 
 def _joined(parts: list[Block]) -> Block:
@@ -212,12 +232,15 @@ def _responses(part: Part, number: int) -> Iterator[Response]:
         return
     begins = np.flatnonzero(np.diff(sequence, prepend=-1))
     ends = np.append(begins[1:], len(sequence))
+    if len(sequence) < part.segment.counts["P"]:
+        # The last one may go on in the rows that were not read.
+        begins, ends = begins[:-1], ends[:-1]
     means = np.full(len(begins), np.nan)
     if part.scored:
         kl = numbers_of(rows, "reverse_kl")
         counted = counted_rows(rows) & ~np.isnan(kl)
-        total = np.add.reduceat(np.where(counted, kl, 0.0), begins)
-        count = np.add.reduceat(counted.astype(np.int64), begins)
+        total = np.add.reduceat(np.where(counted, kl, 0.0)[: ends[-1]], begins)
+        count = np.add.reduceat(counted.astype(np.int64)[: ends[-1]], begins)
         np.divide(total, count, out=means, where=count > 0)
     rewards = rows["reward"]
     columns = ("sequence", "prompt", "finish_reason", "policy_version_start", "policy_version_end")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from logitcask.engine.errors import ConfigError
+from logitcask.engine.exchange import positions as stored_positions
 from logitcask.engine.exchange.positions import positions
 from logitcask.engine.models.identity import digest
 from logitcask.engine.report.viewer.choose import choose, halves
@@ -117,7 +118,23 @@ def test_a_part_of_the_segments_is_read_and_the_page_says_so(tmp_path: Path) -> 
     found = load(source(store), most=3 * 48)
     assert found is not None
     assert [each.number // 6 for each in found.responses[::6]] == [0, 4, 8]
-    assert found.segments == 9
+    assert (found.read, found.positions) == (3 * 48, 9 * 48)
+
+
+def test_a_large_segment_is_read_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read blocks of 10 rows of responses of 8: what is cut at the end of a block is left out."""
+    monkeypatch.setattr(stored_positions, "ROWS", 10)
+    store = make_store(tmp_path / "s", [make_unit(0, lengths=[8] * 6)])
+    found = load(source(store), most=15)
+    assert found is not None
+    assert (found.read, [(each.start, each.end) for each in found.responses]) == (
+        20,
+        [(0, 8), (8, 16)],
+    )
+    long = make_store(tmp_path / "long", [make_unit(0, lengths=[30, 18, 0, 0, 0, 0])])
+    found = load(source(long), most=15)
+    assert found is not None
+    assert [each.end for each in found.responses] == [30]
 
 
 def test_fewer_responses_where_they_do_not_fit(tmp_path: Path) -> None:
