@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,10 +40,18 @@ def run(tmp_path: Path) -> Path:
     return out
 
 
+@pytest.fixture
+def wandb() -> Iterator[Any]:
+    """Yield the package, which reads its environment once for all runs until it is torn down."""
+    package = pytest.importorskip("wandb")
+    package.teardown()
+    yield package
+    package.teardown()
+
+
 def test_wandb_gets_the_page_in_the_run_of_the_training(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wandb: Any
 ) -> None:
-    wandb = pytest.importorskip("wandb")
     # Its own process needs more than its default of 30 s to start on a loaded machine.
     settings = {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "X_SERVICE_WAIT": "600"}
     for name, value in settings.items():
