@@ -14,7 +14,7 @@ from logitcask.engine.report.sections.dynamics import dynamics
 from logitcask.engine.report.sections.errors import errors_section
 from logitcask.engine.report.sections.live import live_section
 from logitcask.engine.report.sections.positions import positions_section
-from logitcask.engine.report.sections.probes.section import probes_section
+from logitcask.engine.report.sections.probes.section import file_panels, probes_section
 from logitcask.engine.report.sections.provenance import provenance
 from logitcask.engine.report.sections.sizes import store_section
 from logitcask.engine.report.sections.state import FINISHED, run_state
@@ -45,8 +45,10 @@ def build_report(
     at most; teacher_accuracy: mean reward of the teacher on the prompts of the evaluation.
 
     Nothing is kept between calls, and no model is loaded. Raises ConfigError for a target that is
-    none of these, and IntegrityError for damaged files of a run.
+    none of these and for a file of no probe, and IntegrityError for damaged files of a run.
     """
+    for file in probes:
+        file_panels(file, "")  # a wrong file is refused before the rest is read
     own = find_runs(target)
     others = [path for each in compare for path in _runs_only(each)]
     if others and not own:

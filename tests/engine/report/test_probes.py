@@ -17,6 +17,7 @@ from logitcask.engine.probes.positions import position_report
 from logitcask.engine.probes.reward import reward_report, sequence_rewards
 from logitcask.engine.probes.topk.estimators import Estimator, EstimatorReport
 from logitcask.engine.probes.topk.mass import TopKReport
+from logitcask.engine.report.build import build_report
 from logitcask.engine.report.panels import Lines, Panel, Table
 from logitcask.engine.report.sections.probes.output import number
 from logitcask.engine.report.sections.probes.section import BUILDERS, file_panels, probes_section
@@ -172,6 +173,9 @@ def test_other_files_are_refused(text: str, cause: str, tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named_and_numbers_are_finite(tmp_path: Path) -> None:
+    # Before the target is read, which is not there either.
+    with pytest.raises(ConfigError, match="No such file"):
+        build_report(tmp_path / "run", probes=[tmp_path / "none.json"])
     with pytest.raises(ConfigError, match="No such file"):
         file_panels(tmp_path / "none.json", "p")
     assert number(float("nan")) is None
