@@ -133,7 +133,8 @@ def _source(run: RunFacts) -> Source | None:
 def _left_out(count: int) -> tuple[Sentence, ...]:
     if count <= 0:
         return ()
-    text = f"{count} more runs are left out, because a page shows {MOST_RUNS}."
+    which = "1 more run is" if count == 1 else f"{count} more runs are"
+    text = f"{which} left out, because a page shows {MOST_RUNS}."
     return (Sentence(text=text, state="warning"),)
 
 
