@@ -209,8 +209,8 @@ def _of_spans(spans: Sequence[Span], runs_on: bool) -> Timeline:
     return Timeline(
         id="timeline-loop",
         title="Timeline of the loop",
-        how="Work and waiting of each process; without gaps nothing is idle. A stretch without an "
-        f"end is one in which the process died.{clocks}{note}",
+        how="Work and waiting of each process: where one works and all others wait, its role holds "
+        f"up the loop. A stretch without an end is one in which the process died.{clocks}{note}",
         stretches=tuple(joined),
     )
 
