@@ -1,6 +1,7 @@
 """Estimates before long work: the line, the question on a terminal, a disk that is too small."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,13 +9,17 @@ import pytest
 
 from logitcask.cli.approve import ASK_BYTES, ASK_REQUESTS, ASK_SECONDS, approve_with, is_much, text
 from logitcask.engine.config.cost import Cost
+from logitcask.engine.config.parse.toml import read_toml
+from logitcask.engine.config.sections import StoreSection
 from logitcask.engine.errors import ConfigError, StoreError
 from logitcask.engine.estimate.left import (
     ROLLOUT_SHARE,
     WorkLeft,
     combined,
+    loop_left,
     sampling_left,
     scoring_left,
+    trainings_left,
 )
 from logitcask.engine.store import open_store
 from tests.cli.conftest import ROLL, SCORE, World
@@ -150,3 +155,22 @@ def test_an_estimate_is_of_what_is_left_and_becomes_measured(
     assert text(combined("distill", [fresh, more])).endswith("of scoring at the measured rate")
     with pytest.raises(StoreError, match="needs about .* more, and the disk"):
         more.check_disk()
+
+
+def test_a_loop_counts_the_rounds_that_are_left(world: World, tmp_path: Path) -> None:
+    """Two rounds of 4 prompts with 2 responses of 6 tokens at most, sampled and scored."""
+    config = read_toml(world.at("d.toml"), (f"store.url={tmp_path / 'none'}",))
+    fresh = loop_left(config)
+    assert (fresh.done, fresh.total, fresh.positions) == (0, 16, 2 * 96)
+    assert loop_left(read_toml(world.at("d.toml"), ("train.max_steps=1",))).total == 8
+    there = config.model_copy(update={"store": StoreSection(url=str(world.at("st")))})
+    assert loop_left(there).positions == 0, "the store of this name holds as many"
+
+
+def test_an_ablation_counts_its_trainings(tmp_path: Path) -> None:
+    left = trainings_left(tmp_path, done=(30.0, 50.0), total=6, positions=1000, weight_bytes=10**6)
+    assert (left.positions, left.bytes, left.seconds) == (4000, 4e6, 160.0)
+    assert text(replace(left, free_bytes=None)) == (
+        "estimate: ablate: 4 of 6 trainings left, 4,000 positions, 4 MB (measured), about 3 min of "
+        "training at the measured rate"
+    )
