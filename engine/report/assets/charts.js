@@ -11,9 +11,12 @@ function colour(number) {
   return number < COLOURS ? full : `color-mix(in oklab, ${full} 50%, var(--text))`;
 }
 
-/** Colours of groups by their names; waiting is pale, work is not. */
+/**
+ * Colours of groups by their names: charts of the same groups have the same colours, in whatever
+ * order their data have them. Waiting is pale, work is not.
+ */
 function coloursOf(groups) {
-  const work = groups.filter((name) => name !== "wait");
+  const work = groups.filter((name) => name !== "wait").sort();
   return new Map(groups.map((name) => [name, name === "wait" ? "var(--idle)" : colour(work.indexOf(name))]));
 }
 
