@@ -123,11 +123,14 @@ def test_a_token_shows_the_numbers_and_lists_of_the_store(open_page, made, store
         assert float(p[f"w{each}"].removesuffix(" %")) == pytest.approx(
             100 * math.exp(lp), rel=5e-3
         )
-    best = row["teacher_ids"][0]
-    assert float(q[f"w{best}"].removesuffix(" %")) == pytest.approx(
-        100 * math.exp(row["teacher_logprobs"][0]), rel=5e-3
-    )
-    assert next(iter(q)) == f"w{best}"
+    teacher = dict(zip(row["teacher_ids"], row["teacher_logprobs"], strict=True))
+    assert len(q) > len(p)
+    assert list(q)[:3] == [f"w{each}" for each in row["teacher_ids"][:3]]
+    for text, value in q.items():
+        lp = teacher.get(int(text[1:]), row["teacher_logprob"])
+        expected = 100 * math.exp(lp)
+        # Three digits at least, or thousandths of a percent.
+        assert float(value.removesuffix(" %")) == pytest.approx(expected, rel=5e-3, abs=6e-3)
     tail = opened.locator(".top").first.locator(".rest td.number").last.inner_text()
     assert float(tail.removesuffix(" %")) == pytest.approx(
         100 * math.exp(row["student_log_tail"]), abs=0.02
@@ -274,7 +277,7 @@ def test_hostile_tokens_stay_text(open_page, made, tmp_path) -> None:
     assert opened.evaluate("window.pwned") is None
 
 
-def test_rollouts_without_scores_and_parts_of_characters(open_page, made, tmp_path) -> None:
+def test_rollouts_without_scores_and_parts_of_characters(open_page, made, store, tmp_path) -> None:
     unit = make_unit(0, prompts=1, n=1, lengths=[3])
     rollouts = replace(unit.rollouts, tokens=np.arange(3, dtype=np.uint32), student=None)
     bare = make_store(tmp_path / "s", [replace(unit, rollouts=rollouts)], scored=0)
@@ -285,6 +288,25 @@ def test_rollouts_without_scores_and_parts_of_characters(open_page, made, tmp_pa
     assert current(opened)[1].endswith("A part of the bytes of 😀.")
     assert "no scores yet" in opened.locator(".viewer-legend").inner_text()
     assert "No teacher scored this response." in opened.locator(".viewer-detail").inner_text()
+    # The lists of a teacher that has no rows of the responses before.
+    sources = [Source(name="run", store=each, snapshot=each.head()) for each in (bare, store)]
+    found = opened.evaluate(QS, viewer_data(sources))
+    assert len(found) == 11
+    for number, entries in found:
+        row = of(store, number)[0]
+        teacher = dict(zip(row["teacher_ids"], row["teacher_logprobs"], strict=True))
+        teacher[row["token"]] = row["teacher_logprob"]
+        assert len(entries) > 4
+        for each, q in entries:
+            assert q == pytest.approx(math.exp(teacher[each]), rel=5e-3)
+
+
+QS = """async viewer => {
+    const model = await unpackViewer(viewer);
+    const entries = each => model.lists(each, 0, 0).entries.filter(found => found.q !== null);
+    return model.sequences.filter(each => each.source === 1)
+        .map(each => [each.number, entries(each).map(found => [found.token.id, found.q])]);
+}"""
 
 
 def test_themes_and_narrow_windows_can_be_read_by_all(open_page, made, store, shoot) -> None:
