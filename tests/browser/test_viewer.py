@@ -289,7 +289,8 @@ def test_rollouts_without_scores_and_parts_of_characters(open_page, made, store,
     assert "no scores yet" in opened.locator(".viewer-legend").inner_text()
     assert "No teacher scored this response." in opened.locator(".viewer-detail").inner_text()
     # The lists of a teacher that has no rows of the responses before.
-    sources = [Source(name="run", store=each, snapshot=each.head()) for each in (bare, store)]
+    listed = make_store(tmp_path / "listed", [make_unit(0, lengths=[3] * 6)], scored=0)
+    sources = [Source(name="run", store=each, snapshot=each.head()) for each in (listed, store)]
     found = opened.evaluate(QS, viewer_data(sources))
     assert len(found) == 11
     for number, entries in found:
