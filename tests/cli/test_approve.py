@@ -158,7 +158,7 @@ def test_an_estimate_is_of_what_is_left_and_becomes_measured(
 
 
 def test_a_loop_counts_the_rounds_that_are_left(world: World, tmp_path: Path) -> None:
-    """Two rounds of 4 prompts with 2 responses of 6 tokens at most, sampled and scored."""
+    """Count 2 rounds of 4 prompts with 2 responses of 6 tokens at most, sampled and scored."""
     config = read_toml(world.at("d.toml"), (f"store.url={tmp_path / 'none'}",))
     fresh = loop_left(config)
     assert (fresh.done, fresh.total, fresh.positions) == (0, 16, 2 * 96)
