@@ -210,8 +210,9 @@ def _ranges(cuts: Array, position: Array, values: Array) -> tuple[Range, ...]:
 
 def reading(ranges: tuple[Range, ...]) -> str:
     """Say where the models part, by the first and the last range."""
-    first, last = (each.means["kl/reverse_bound"] for each in (ranges[0], ranges[-1]))
-    if len(ranges) < 2 or first is None or last is None:
+    known = [each.means["kl/reverse_bound"] for each in ranges]
+    first, last = (known[0], known[-1]) if len(known) > 1 else (None, None)
+    if first is None or last is None:
         return "too few positions to compare the beginning with the end"
     where = f"{first:.3g} nats at the beginning, {last:.3g} at the end"
     if last > 1.5 * first:

@@ -135,3 +135,12 @@ def test_of_a_large_segment_the_first_blocks_are_read(
     assert "Of each segment its first 96 positions." in responses.how
     again = position_report(store, store.head(), bins=4)
     assert again.ranges == whole.ranges, "blocks change nothing"
+
+
+def test_a_store_of_few_tokens_has_no_lines(tmp_path: Path) -> None:
+    """Take two responses of 4 tokens: each range has fewer tokens than a mean needs."""
+    section = positions_section([facts_of(make_store(tmp_path / "s", [make_unit(0, prompts=1)]))])
+    kl = section.panels[1]
+    assert isinstance(kl, Lines)
+    assert {y for series in kl.series for y in series.y} <= {None}
+    assert "Too few positions to compare the beginning with the end" in kl.how
