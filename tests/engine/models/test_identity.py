@@ -86,7 +86,9 @@ def test_a_file_that_has_not_changed_is_not_read_again(
     reads: list[str] = []
     real = weights.tensor_digests
     monkeypatch.setattr(
-        weights, "tensor_digests", lambda file: (reads.append(file.name), real(file))[1]
+        weights,
+        "tensor_digests",
+        lambda file, *rest: (reads.append(file.name), real(file, *rest))[1],
     )
     first = identity.weights_digest(folder)
     assert not cache.exists(), "a file of this second may change without a trace"
