@@ -39,9 +39,6 @@ class Change:
             return 0
         return 1 if difference > 0 else -1
 
-    def __neg__(self) -> "Change":
-        return Change(before=-self.before, after=-self.after, window=self.window, error=self.error)
-
 
 Points = Sequence[tuple[int, float, float | None]]
 """(update, value, its standard error), by update."""

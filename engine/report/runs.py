@@ -210,8 +210,3 @@ def read_lines(path: Path) -> tuple[Mapping[str, Any], ...]:
             )
         found.append(row)
     return tuple(found)
-
-
-def metrics_of(run: Path) -> tuple[Mapping[str, Any], ...]:
-    """Return the whole lines of metrics.jsonl of the folder of a run."""
-    return read_lines(run / METRICS)
