@@ -5,15 +5,15 @@ import sys
 import rich_click as click
 
 from logitcask.cli.output import print_event, visible
-from logitcask.cli.progress import duration, paused
+from logitcask.cli.progress import paused
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.estimate.left import Approve, WorkLeft
+from logitcask.engine.quantities import data_size, duration
 
 ASK_BYTES, ASK_SECONDS, ASK_REQUESTS = 10e9, 4 * 3600.0, 10_000
 """Limits of work without a question: more fills a small disk, takes half a working day, or shows on
 the bill of a server."""
 
-UNITS = ("bytes", "kB", "MB", "GB")
 
 yes_option = click.option(
     "--yes",
@@ -69,16 +69,10 @@ def text(left: WorkLeft) -> str:
     parts = [
         f"{left.total - left.done:,} of {left.total:,} {left.noun} left",
         f"{most}{left.positions:,.0f} positions",
-        f"{most}{_bytes(left.bytes)} ({of}{free})",
+        f"{most}{data_size(left.bytes)} ({of}{free})",
         *([f"{left.requests:,} requests to the server"] if left.requests else []),
         f"time of {left.timed} not known yet"
         if left.seconds is None
         else f"about {duration(left.seconds)} of {left.timed} at the measured rate",
     ]
     return visible(f"estimate: {left.stage}: {', '.join(parts)}")
-
-
-def _bytes(count: float) -> str:
-    """Return bytes in units of 1000, as prices and the fronts of disks have them."""
-    power = next((p for p in (3, 2, 1) if count >= 1000**p), 0)
-    return f"{count / 1000**power:.{3 if power else 0}{'g' if power else 'f'}} {UNITS[power]}"

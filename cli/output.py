@@ -11,6 +11,8 @@ from typing import Any
 
 import rich_click as click
 
+from logitcask.engine.quantities import memory_size
+
 SIDE_BY_SIDE = 4
 """Columns of a text result with many rows, such as evaluations: the first and the newest."""
 LEAST_WIDTH = 20
@@ -127,12 +129,6 @@ def _short(key: str, value: Any) -> Any:
     return value[:8] if key in ("segment", "base") else value
 
 
-def size(count: int) -> str:
-    """Return a number of bytes as `3.2 GiB`."""
-    power = min(4, max(0, count.bit_length() - 1) // 10)
-    return f"{count / 1024**power:.{min(power, 1)}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
-
-
 def visible(text: str) -> str:
     """Return the text with control characters as escapes, safe for a terminal."""
     if text.isprintable():
@@ -150,7 +146,10 @@ def _lines(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in values.items():
         if name.endswith("_bytes"):
             sizes = value if isinstance(value, Mapping) else {"": value}
-            yield name.removesuffix("_bytes"), ", ".join(f"{k} {size(n)}" for k, n in sizes.items())
+            yield (
+                name.removesuffix("_bytes"),
+                ", ".join(f"{k} {memory_size(n)}" for k, n in sizes.items()),
+            )
         elif isinstance(value, Mapping) and len(value) > 3:
             yield name, ""
             yield from ((f"  {inner}", _shown(v)) for inner, v in value.items())

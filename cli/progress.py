@@ -11,8 +11,9 @@ from typing import Any
 
 import rich_click as click
 
-from logitcask.cli.output import size, visible
+from logitcask.cli.output import visible
 from logitcask.engine.events import report_steps
+from logitcask.engine.quantities import duration, memory_size
 from logitcask.engine.types import NO_DETAIL, Detail, Progress
 
 FIRST_LINE_S, LINES_EVERY_S = 2.0, 30.0
@@ -118,20 +119,13 @@ class Pace:
         return ", ".join(parts)
 
 
-def duration(seconds: float) -> str:
-    """Return seconds as `40 s`, `4 min` or `2.5 h`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
 def _rounded(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
 
 
 def count(done: int, total: int, unit: str) -> str:
-    """Return `3/12 units`, `2.1 GiB/16.0 GiB`, `3 prompts` where the total is 0, or nothing."""
-    shown = size if unit == "bytes" else "{:,}".format
+    """Return `3/12 units`, `2.1 GiB/16 GiB`, `3 prompts` where the total is 0, or nothing."""
+    shown = memory_size if unit == "bytes" else "{:,}".format
     noun = "" if unit == "bytes" or not unit else f" {unit}"
     if total:
         return f"{shown(done)}/{shown(total)}{noun}"

@@ -147,21 +147,33 @@ def counted(
 
 
 def download_bar(found: Step) -> Any:
-    """Return a class of progress bars that the Hub's client accepts: it prints nothing, and counts
-    the bytes that reach the disk for a step.
+    """Return a class of progress bars that the Hub's client accepts, which counts the bytes that
+    reach the disk for a step.
     """
-    from tqdm import tqdm  # type: ignore[import-untyped]  # it has no types
 
-    class Counter(tqdm):  # type: ignore[misc]
+    def count(bar: Any, more: int) -> None:
+        # Of the bytes there are two bars; the other counts those of the network.
+        if bar.unit == "B" and "Download" not in (bar.desc or ""):
+            found.total = int(bar.total or 0)
+            found.add(more)
+
+    return silent_bar(count)
+
+
+def silent_bar(on_update: Callable[[Any, int], None]) -> Any:
+    """Return a class of tqdm's bars that prints nothing and calls on_update(bar, more) after each
+    update. Some libraries show their progress by such a class alone.
+    """
+    # tqdm has no types.
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    class Silent(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **keys: Any) -> None:
-            # Of the bytes there are two bars; the other counts those of the network.
-            self.counts = keys.get("unit") == "B" and "Download" not in keys.get("desc", "")
             super().__init__(*args, **keys | {"file": io.StringIO()})
 
         def update(self, n: float | None = 1) -> Any:
-            if self.counts:
-                found.total = int(self.total or 0)
-                found.add(int(n or 0))
-            return super().update(n)
+            shown = super().update(n)
+            on_update(self, int(n or 0))
+            return shown
 
-    return Counter
+    return Silent

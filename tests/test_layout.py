@@ -17,8 +17,8 @@ PACKAGES = ("engine", "kernels", "cli")
 
 # A folder of engine/ imports only from folders to the left of its own, and from itself.
 LAYERS = [
-    *("config/section", "types", "errors", "findings", "events", "config", "prompts", "models"),
-    "alignment",
+    *("config/section", "types", "errors", "findings", "quantities", "events"),
+    *("config", "prompts", "models", "alignment"),
     *("store/storage", "store/format", "store/log", "store", "store/transfer"),
     *("backends", "backends/vllm", "backends/server", "teachers"),
     *("rollout", "score", "packing", "metrics", "objectives"),

@@ -10,13 +10,14 @@ from logitcask.engine.commands.resolve import columns_of
 from logitcask.engine.config.prompts import is_hub
 from logitcask.engine.config.sections import RunConfig
 from logitcask.engine.doctor.folder import check_folder
-from logitcask.engine.doctor.machine import cache_room, memory, of_bytes
+from logitcask.engine.doctor.machine import cache_room, memory
 from logitcask.engine.errors import LogitcaskError, ModelError
 from logitcask.engine.estimate.sizes import find_size
 from logitcask.engine.findings import Finding, fault
 from logitcask.engine.init.draft import find_model, find_prompts, needs_template
 from logitcask.engine.models.identity import config_dtype
 from logitcask.engine.models.weight_files import weight_files
+from logitcask.engine.quantities import memory_size
 from logitcask.engine.teachers.remote import is_remote
 from logitcask.engine.teachers.token_maps import compare_folders
 
@@ -143,13 +144,13 @@ def _describe(what: str, model: _Model) -> Finding:
         place = "" if own else f", in {model.folder}"
         return Finding(check=what, state="ok", message=f"{model.name}{size}{place}")
     need, free = HALF_BYTES * (model.parameters or 0), cache_room()[1]
-    load = f": {of_bytes(need)}" if need else ""
+    load = f": {memory_size(need)}" if need else ""
     room = need < free
     return Finding(
         check=what,
         state="note" if room else "fault",
         message=f"{model.name}{size}, is not on this machine"
-        + ("" if room else f", and {of_bytes(need)} do not fit where models are kept"),
+        + ("" if room else f", and {memory_size(need)} do not fit where models are kept"),
         hint=f"`distill` downloads it{load}; `hf download {model.name}` does so now"
         if room
         else "make room, or set HF_HOME to a folder on a larger disk",
@@ -251,8 +252,8 @@ def _memory(config: RunConfig, models: dict[str, _Model]) -> Finding | None:
     need = each * student / parts + HALF_BYTES * teacher
     have, place = _device_bytes(config)
     message = (
-        f"{of_bytes(need)} at least, of {of_bytes(have)} on {place}: {each} bytes per parameter "
-        "of the student in training"
+        f"{memory_size(need)} at least, of {memory_size(have)} on {place}: {each} bytes per "
+        "parameter of the student in training"
     )
     message += f", {HALF_BYTES} of the teacher" if teacher else ""
     if need > have:

@@ -6,8 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from logitcask.engine.doctor.machine import of_bytes
 from logitcask.engine.findings import Finding
+from logitcask.engine.quantities import memory_size
 
 DRIVER = Path("/proc/driver/nvidia/version")
 CPU_INFO = Path("/proc/cpuinfo")
@@ -81,7 +81,8 @@ def _gpu(torch: Any, index: int) -> Finding:
     return Finding(
         check=f"cuda:{index}",
         state="ok" if half else "note",
-        message=f"{torch.cuda.get_device_name(index)}, {of_bytes(free)} free of {of_bytes(total)}, "
+        message=f"{torch.cuda.get_device_name(index)}, {memory_size(free)} free of "
+        f"{memory_size(total)}, "
         f"compute capability {major}.{minor}, {'bfloat16' if half else 'no bfloat16'}",
         hint="" if half else "give --dtype float32",
     )

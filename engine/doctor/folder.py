@@ -7,8 +7,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from logitcask.engine.doctor.machine import GIB, of_bytes
+from logitcask.engine.doctor.machine import GIB
 from logitcask.engine.findings import Finding
+from logitcask.engine.quantities import memory_size
 from logitcask.engine.store.storage.local import DISK_HINTS
 
 FEW_BYTES = 5 * GIB
@@ -52,7 +53,7 @@ def check_folder(folder: Path, what: str = "disk") -> Iterator[Finding]:
     yield Finding(
         check=what,
         state="note" if hint else "ok",
-        message=f"{of_bytes(free)} free in {place}, which takes hard links",
+        message=f"{memory_size(free)} free in {place}, which takes hard links",
         hint=hint,
     )
 

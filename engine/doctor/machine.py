@@ -11,6 +11,7 @@ import psutil
 from huggingface_hub import constants
 
 from logitcask.engine.findings import Finding
+from logitcask.engine.quantities import memory_size
 
 GIB = 1 << 30
 SHM_BYTES = GIB
@@ -27,7 +28,7 @@ def check_machine() -> Iterator[Finding]:
     yield Finding(
         check="memory",
         state="note" if few else "ok",
-        message=f"{of_bytes(free)} free of {of_bytes(total)}",
+        message=f"{memory_size(free)} free of {memory_size(total)}",
         hint="end other programs, or take a machine with more" if few else "",
     )
     if (shared := Path("/dev/shm")).is_dir():
@@ -36,7 +37,7 @@ def check_machine() -> Iterator[Finding]:
         yield Finding(
             check="shared memory",
             state="note" if small else "ok",
-            message=f"{of_bytes(size)} in {shared}",
+            message=f"{memory_size(size)} in {shared}",
             hint="vLLM, Ray and several GPUs need more: docker run --shm-size=8g" if small else "",
         )
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -59,11 +60,6 @@ def memory() -> tuple[int, int]:
     except (OSError, ValueError):  # no container, or "max"
         return total, free
     return min(total, limit), min(free, limit)
-
-
-def of_bytes(count: float) -> str:
-    """Return a number of bytes as text, in GiB or MiB."""
-    return f"{count / GIB:.3g} GiB" if count >= GIB else f"{count / 2**20:.3g} MiB"
 
 
 def _cores() -> Finding:
@@ -96,6 +92,6 @@ def _model_cache() -> Finding:
     return Finding(
         check="model cache",
         state="note" if offline else "ok",
-        message=f"{count} models in {folder}, {of_bytes(free)} free; {token}",
+        message=f"{count} models in {folder}, {memory_size(free)} free; {token}",
         hint="HF_HUB_OFFLINE is set: unset it to download models" if offline else "",
     )

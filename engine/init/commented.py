@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from logitcask.engine.config.parse.toml import toml_value
+from logitcask.engine.config.parse.toml import fields_of, toml_value
 from logitcask.engine.config.sections import RunConfig
 
 WIDTH = 96
@@ -42,14 +42,14 @@ def commented_toml(values: Mapping[str, Mapping[str, Any]], head: str) -> str:
     values: section -> key -> value. Every comment is the first sentence of the key's own help.
     """
     lines = [*_comment(head)]
-    for section, field in RunConfig.model_fields.items():
+    for section in RunConfig.model_fields:
         keys = values.get(section, {})
         shown = SHOWN.get(section, ())
         names = [*shown, *(key for key in keys if key not in shown)]
         if not names:
             continue
         lines += ["", f"[{section}]"]
-        fields = field.annotation.model_fields  # type: ignore[union-attr]
+        fields = fields_of(section)
         for name in names:
             lines += _comment(first_sentence(fields[name].description or ""))
             if name in keys:

@@ -8,7 +8,6 @@ An engine runs in its own process, the default of vLLM. With VLLM_ENABLE_V1_MULT
 runs in this one, and closing the first engine destroys torch's process groups for the others.
 """
 
-import io
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from transformers import AutoConfig
 
 from logitcask.engine.backends.returned import reject_answer
 from logitcask.engine.errors import ConfigError, ModelError
-from logitcask.engine.events import running_step
+from logitcask.engine.events import running_step, silent_bar
 from logitcask.engine.models.forward import NEVER, rope_switch
 from logitcask.engine.types import Array
 
@@ -228,20 +227,12 @@ def _counter(on_finished: Callable[[int], None]) -> Any:
 
     It is the only sign of a running batch that vLLM gives.
     """
-    # tqdm has no types.
-    from tqdm import tqdm  # type: ignore[import-untyped]
 
-    class Counter(tqdm):  # type: ignore[misc]
-        def __init__(self, *args: Any, **keys: Any) -> None:
-            super().__init__(*args, **keys | {"file": io.StringIO()})
+    def count(bar: Any, more: int) -> None:
+        if bar.iterable is None:  # not the bar of requests that are added
+            on_finished(int(bar.n))
 
-        def update(self, n: float | None = 1) -> Any:
-            shown = super().update(n)
-            if self.iterable is None:  # not the bar of requests that are added
-                on_finished(int(self.n))
-            return shown
-
-    return Counter
+    return silent_bar(count)
 
 
 def probe_ids(n_vocab: int, context: int) -> list[int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from logitcask.engine.config.parse.other_names import keys_named, suggest
 from logitcask.engine.config.prompts import is_hub
@@ -208,6 +209,14 @@ def keys_of(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             yield from keys_of(inner, f"{prefix}{name}.")
+
+
+def fields_of(section: str) -> dict[str, FieldInfo]:
+    """Return the keys of a section of RunConfig, each with its default and its help."""
+    kind = RunConfig.model_fields[section].annotation
+    assert isinstance(kind, type)
+    assert issubclass(kind, BaseModel)
+    return kind.model_fields
 
 
 def _describe(kind: type[BaseModel], loc: tuple[int | str, ...]) -> str:

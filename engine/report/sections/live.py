@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from logitcask.engine.packing.teachers import Teachers
+from logitcask.engine.quantities import duration
 from logitcask.engine.report.panels import (
     Absent,
     Axis,
@@ -25,7 +26,6 @@ from logitcask.engine.report.sections.state import (
     Commits,
     Pace,
     commits_of,
-    duration,
     run_pace,
     run_state,
     utc,

@@ -150,13 +150,3 @@ def utc(seconds: float, *, day_of: float | None = None) -> str:
     """
     date, time = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S").split()
     return time if day_of is not None and utc(day_of).startswith(date) else f"{date} {time}"
-
-
-def duration(seconds: float) -> str:
-    """Return a time span in words, two units at most."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
-    first = next((i for i, (count, _) in enumerate(parts) if count), 3)
-    return " ".join(f"{count} {unit}" for count, unit in parts[first : first + 2] if count) or "0 s"

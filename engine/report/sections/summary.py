@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from logitcask.engine.objectives import warnings
+from logitcask.engine.quantities import data_size, duration
 from logitcask.engine.report.change import Change, change
 from logitcask.engine.report.panels import Sentence
 from logitcask.engine.report.runs import TEACHER_ACCURACY, RunFacts, step_of
@@ -236,7 +237,7 @@ def stored(run: RunFacts) -> Iterator[Sentence]:
             f"{sum(s.counts['P'] for s in sampled):,} positions"
             f"{_names(snapshot.names('rollout'))}, and scores by "
             f"{' and '.join(snapshot.names('score')) or 'no teacher'}, in "
-            f"{_bytes(sum(s.size for s in segments))} of {len(segments):,} segments."
+            f"{data_size(sum(s.size for s in segments))} of {len(segments):,} segments."
         )
     scored = {s.base for s in segments if s.kind == "score"}
     if missing := sum(s.seg_id not in scored for s in sampled):
@@ -288,16 +289,3 @@ def _state(direction: int) -> str:
 
 def _names(names: Sequence[str]) -> str:
     return f" ({', '.join(names)})" if names else ""
-
-
-def _bytes(count: float) -> str:
-    """Return bytes as text, in powers of 1000."""
-    power = min(4, int(math.log10(max(count, 1)) // 3))
-    return f"{count / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as text: 58 s, 12 min, 3.4 h."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -14,7 +14,6 @@ from logitcask.engine.report.sections.state import (
     Commits,
     Pace,
     RunState,
-    duration,
     run_pace,
     run_state,
     utc,
@@ -201,8 +200,3 @@ def test_a_time_of_another_day_has_its_date() -> None:
     day = 1_800_000_000.0
     assert utc(day + 3600, day_of=day) == "09:00:00"
     assert utc(day + 86_400, day_of=day) == "2027-01-16 08:00:00"
-
-
-def test_durations_have_two_units() -> None:
-    found = [duration(seconds) for seconds in (0, 59.6, 61, 3600, 3661, 90_000)]
-    assert found == ["0 s", "1 min", "1 min 1 s", "1 h", "1 h 1 min", "1 d 1 h"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import pytest
 
 from logitcask.cli.report import report_command
@@ -140,7 +141,8 @@ class _Closing:
 
 def test_the_flag_names_all_trackers() -> None:
     (option,) = [each for each in report_command.params if each.name == "tracker"]
-    assert list(option.type.choices) == list(SENDERS)  # type: ignore[attr-defined]
+    assert isinstance(option.type, click.Choice)
+    assert list(option.type.choices) == list(SENDERS)
 
 
 def test_what_cannot_be_sent_is_an_error_before_anything(

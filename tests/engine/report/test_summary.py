@@ -13,7 +13,6 @@ from logitcask.engine.report.panels import Sentence
 from logitcask.engine.report.runs import RunFacts
 from logitcask.engine.report.sections.summary import (
     accuracy,
-    duration,
     held_out,
     learned,
     moved,
@@ -207,7 +206,3 @@ def test_trouble_and_nothing_else(tmp_path: Path):
     assert goes_on[0] == ("neutral", "The run goes on: 3 of 4 updates are logged.")
     aged = replace(done, ledger=({"update": 2, "age": [0, 0.5, 1]},))
     assert "up to 1 update after their sampling" in texts(trouble(aged))[0][1]
-
-
-def test_durations():
-    assert [duration(s) for s in (58.2, 720, 12240)] == ["58 s", "12 min", "3.4 h"]
