@@ -11,14 +11,21 @@ from logitcask.engine.objectives.divergences import (
     DIVERGENCES,
     OUTSIDE_COST,
     PARAMETERS,
+    RANGES,
     TRUNCATED,
 )
 from logitcask.engine.objectives.modifiers import EXCLUDES, Modifier, Term
 from logitcask.engine.objectives.policy_gradient import WEIGHTS
-from logitcask.engine.objectives.supports import CURRENT_SUPPORTS, SAMPLED_SUPPORTS, SUPPORTS
+from logitcask.engine.objectives.spans import SPAN_LOSSES
+from logitcask.engine.objectives.supports import (
+    CURRENT_SUPPORTS,
+    SAMPLED_SUPPORTS,
+    SPANS,
+    SUPPORTS,
+)
 from logitcask.engine.objectives.tail import TAILS
 
-ESTIMATORS = ("divergence", "policy_gradient")
+ESTIMATORS = ("divergence", "policy_gradient", SPANS)
 
 ALLOWED_COMBINATIONS: frozenset[tuple[str, str, str, str]] = frozenset(
     [
@@ -37,8 +44,13 @@ ALLOWED_COMBINATIONS: frozenset[tuple[str, str, str, str]] = frozenset(
         # An advantage compares raw log-probs, so it ignores the tail. It estimates the gradient of
         # reverse KL; its forward variant is reported as very poor (thunlp/OPD #21).
         *product(
-            sorted({*SUPPORTS} - {"teacher_mc"}), ["reverse_kl"], ["ignore"], ["policy_gradient"]
+            sorted({*SUPPORTS} - {"teacher_mc", SPANS}),
+            ["reverse_kl"],
+            ["ignore"],
+            ["policy_gradient"],
         ),
+        # A loss over spans says for itself what it compares.
+        *product([SPANS], SPAN_LOSSES, ["ignore"], [SPANS]),
     ]
 )
 """(support, divergence, tail, estimator)."""
@@ -55,12 +67,13 @@ class Objective:
     support: str
     """The ids that the loss compares: a key of SUPPORTS."""
     divergence: str
-    """A key of DIVERGENCES."""
+    """A key of DIVERGENCES, or with support `spans` of SPAN_LOSSES."""
     tail: str
     """The mass outside: `renormalize` both sides on the support, one `bucket`, `zero` of the
     teacher, which is renormalised on the support, or `ignore`."""
     estimator: str
-    """`divergence`: its exact gradient. `policy_gradient`: -A grad log p, A held fixed."""
+    """`divergence`: its exact gradient. `policy_gradient`: -A grad log p, A held fixed. `spans`: a
+    loss over spans, for a teacher with another tokenizer."""
     k: int
     """Largest number of ids in a top-k support; 1 for supports that are draws."""
     parameter: float | None = None
@@ -75,7 +88,7 @@ class Objective:
     def __post_init__(self) -> None:
         for key, value, known in (
             ("support", self.support, SUPPORTS),
-            ("divergence", self.divergence, DIVERGENCES),
+            ("divergence", self.divergence, SPAN_LOSSES if self.over_spans else DIVERGENCES),
             ("tail", self.tail, TAILS),
             ("estimator", self.estimator, ESTIMATORS),
             ("weights", self.weights, WEIGHTS),
@@ -88,6 +101,11 @@ class Objective:
         for modifier in self.modifiers:
             modifier.check(self)
         self._check_modifiers()
+
+    @property
+    def over_spans(self) -> bool:
+        """Return whether it is a loss over spans."""
+        return self.support == SPANS
 
     @property
     def current_topk(self) -> int:
@@ -118,6 +136,18 @@ class Objective:
         return stored
 
     def _check_meaning(self) -> None:
+        if self.over_spans != (self.estimator == SPANS):
+            raise ObjectiveError(
+                f"support {self.support!r} with estimator {self.estimator!r}: a loss over spans "
+                "joins several rows, and no other one does",
+                hint="use support and estimator 'spans' together, or neither",
+            )
+        if self.over_spans and self.modifiers:
+            raise ObjectiveError(
+                f"modifier {self.modifiers[0].name!r} with a loss over spans: modifiers change the "
+                "loss of a row",
+                hint="leave it out",
+            )
         if self.support in SAMPLED_SUPPORTS - {"teacher_mc"} and self.estimator == "divergence":
             raise ObjectiveError(
                 f"support {self.support!r} with estimator 'divergence': a drawn id is no "
@@ -221,11 +251,20 @@ class Objective:
                 )
             return
         name, usual = PARAMETERS[self.divergence]
-        if self.parameter is None or not 0 < self.parameter < 1:
+        values = RANGES.get(name, "(0, 1)")
+        if self.parameter is None or not _is_in(self.parameter, values):
+            ends = "" if self.over_spans else "; at the ends use forward_kl or reverse_kl"
             raise ObjectiveError(
-                f"{name} = {self.parameter} of divergence {self.divergence!r} is not in (0, 1)",
-                hint=f"give a value in it, e.g. {usual}; at the ends use forward_kl or reverse_kl",
+                f"{name} = {self.parameter} of divergence {self.divergence!r} is not in {values}",
+                hint=f"give a value in it, e.g. {usual}{ends}",
             )
+
+
+def _is_in(value: float, values: str) -> bool:
+    """Return whether a number lies in an interval such as `(0, 1]`."""
+    low, high = (float(end) for end in values[1:-1].split(","))
+    closed = (values[0] == "[" and value == low) or (values[-1] == "]" and value == high)
+    return low < value < high or closed
 
 
 def _check_known(key: str, value: str, known: Iterable[str]) -> None:

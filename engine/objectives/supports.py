@@ -60,6 +60,12 @@ def teacher_mc(topk_index: Tensor, rows: Targets, k: int) -> Tensor:
     return rows.require("q_draws") > 0
 
 
+def spans(topk_index: Tensor, rows: Targets, k: int) -> Tensor:
+    """Return the scored ids: a loss over spans chooses among them."""
+    return rows.cached
+
+
+SPANS = "spans"
 SUPPORTS: dict[str, Support] = {
     "teacher": teacher,
     "student": student,
@@ -69,6 +75,7 @@ SUPPORTS: dict[str, Support] = {
     "sampled": sampled,
     "mc": mc,
     "teacher_mc": teacher_mc,
+    SPANS: spans,
 }
 
 CURRENT_SUPPORTS = frozenset({"overlap", "union", "non_overlap"})

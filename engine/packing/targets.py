@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.errors import ObjectiveError
-from logitcask.engine.store.decoded_unit import DRAWN, LISTED, OTHERS, REWARDS, ROW
+from logitcask.engine.store.decoded_unit import DRAWN, LISTED, OTHERS, REWARDS, ROW, UNMAPPED
 from logitcask.engine.store.format.ragged import count_marked, index_in_row, row_of_entry
 from logitcask.engine.types import Array
 
@@ -95,6 +95,16 @@ class Targets:
     """[P] float32, their sample standard deviation; 0 for one response."""
     later_advantage: Tensor | None = None
     """[P], the advantage of later positions: see the modifier return_to_go, which makes it."""
+    span: Tensor | None = None
+    """[P] int64, number of the row's span in the pack, from 0 in order; -1 = in none. None for a
+    teacher with the student's tokenizer: see `spanned`. The columns of a span are those of one of
+    its rows; ids -1 with a log-prob are the teacher's ids without a twin."""
+    span_log_q: Tensor | None = None
+    """[P] float32, the teacher's log-prob of the whole span, at each of its rows; nats."""
+    span_first_log_q: Tensor | None = None
+    """[P] float32, its log-prob of the span's first token of its own."""
+    span_tokens: Tensor | None = None
+    """[P] int64, the teacher's tokens in the span."""
     q_entropy_hi: Tensor | None = None
     """[P] float32, upper end of the teacher's entropy, nats; the entropy itself where it is exact.
     None if all are exact."""
@@ -118,6 +128,18 @@ class Targets:
         if value is None:
             raise ObjectiveError(f"these scores have no {name}", hint=_HINTS[name])
         return value
+
+    def spanned(self) -> "Targets":
+        """Return the targets with spans; those of one tokenizer are spans of one token each."""
+        if self.span is not None:
+            return self
+        return replace(
+            self,
+            span=torch.arange(len(self), device=self.token.device),
+            span_log_q=self.teacher_logprobs,
+            span_first_log_q=self.teacher_logprobs,
+            span_tokens=torch.ones_like(self.token),
+        )
 
     def at(self, index: Tensor) -> "Targets":
         """Return the rows at `index` [n], all columns."""
@@ -158,6 +180,10 @@ _HINTS = {
     "share": "name several teachers with weights",
     "later_advantage": "evaluate the objective by row_objective, which makes it",
     "q_entropy_hi": "score with a teacher that returns only top-k log-probs",
+    **dict.fromkeys(
+        ("span", "span_log_q", "span_first_log_q", "span_tokens"),
+        "take the targets of `spanned`, which every teacher has",
+    ),
 }
 
 
@@ -195,6 +221,8 @@ def make_targets(flat: Mapping[str, Array]) -> Targets:
         return out
 
     ids = place(flat["s_ids"], flat["t_ids"], -1, np.int64)
+    if "span" in flat:
+        ids[ids == UNMAPPED] = -1
     if mc_at is not None:
         ids[mc_at] = flat["mc_ids"]
     q_log_p = place(flat["s_q"], flat["t_q"], -np.inf, np.float32)
@@ -217,8 +245,13 @@ def make_targets(flat: Mapping[str, Array]) -> Targets:
     if "base_token_lp" in flat:
         optional["base_log_p"] = place(flat["s_base"], flat["t_base"], np.nan, np.float32)
         optional["base_log_p"][every, token_col] = flat["base_token_lp"]
+    if "span" in flat:
+        optional |= _spans(flat)
     width = max(int(filled.max(initial=0)), int(token_col.max(initial=-1)) + 1)
     column = np.arange(width)
+    cached = column < known[:, None]
+    if "span" in flat:  # an id without a twin, on either side, has no score
+        cached &= (ids[:, :width] >= 0) & (q_log_p[:, :width] > -np.inf)
     n_kept = flat["kept"].astype(np.int64)
     floats = ["weight", "q_log_tail", "q_entropy", *UNIT_NAMES]
     if "share" in flat:
@@ -231,15 +264,32 @@ def make_targets(flat: Mapping[str, Array]) -> Targets:
         q_log_p=tensor(q_log_p[:, :width], np.float32),
         q_rank=tensor(np.where(rank < n_kept[:, None], rank, NOT_IN_TOPK)[:, :width]),
         in_student=tensor(column < s_counts[:, None], bool),
-        cached=tensor(column < known[:, None], bool),
+        cached=tensor(cached, bool),
         token_col=tensor(token_col),
         n_kept=tensor(n_kept),
         version=tensor(flat["version"]),
         sequence=tensor(flat["sequence"]),
         position=tensor(flat["position"]),
         **{name: tensor(flat[UNIT_NAMES.get(name, name)], np.float32) for name in floats},
-        **{name: tensor(array[:, :width], array.dtype) for name, array in optional.items()},
+        **{
+            name: tensor(array[:, :width] if array.ndim == 2 else array, array.dtype)
+            for name, array in optional.items()
+        },
     )
+
+
+def _spans(flat: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the spans [P], numbered over all sequences, and the teacher's values of them."""
+    own, sequence = flat["span"].astype(np.int64), flat["sequence"]
+    new = np.ones(len(own), bool)
+    new[1:] = (own[1:] != own[:-1]) | (sequence[1:] != sequence[:-1])
+    number = np.cumsum(new & (own >= 0)) - 1
+    return {
+        "span": np.where(own >= 0, number, -1),
+        "span_log_q": flat["span_q"].astype(np.float32),
+        "span_first_log_q": flat["span_first_q"].astype(np.float32),
+        "span_tokens": flat["span_tokens"].astype(np.int64),
+    }
 
 
 def _drawn_at(flat: Mapping[str, Array], s_at: Any, t_at: Any) -> tuple[Any, Array]:

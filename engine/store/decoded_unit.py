@@ -30,8 +30,17 @@ ROW = {
     "t_cnt": "uint16",
     "mc_cnt": "uint16",
     "base_token_lp": "float32",
+    "span": "int32",
+    "span_q": "float32",
+    "span_first_q": "float32",
+    "span_tokens": "uint16",
 }
-"""Arrays [P]; names as in Targets."""
+"""Arrays [P]; names as in Targets. Those of spans exist for a teacher with another tokenizer:
+`span` counts in the sequence, -1 = in none."""
+UNMAPPED = 0xFFFFFFFF
+"""In place of an id of `t_ids`: the student has no token of the same bytes. The sentinel is never a
+token: a vocabulary ends before it."""
+SPAN_ARRAYS = {"span", "span_q", "span_first_q", "span_tokens"}
 SCORED = "scored"
 """Array uint16 [P] of a unit of which some rows have no score: 1 = this row has one. A sequence has
 no row without a score, and no token after its last one."""
@@ -138,6 +147,11 @@ def is_bounded(score_segments: ScoreSegments) -> bool:
     return "entropy_upper" in schema.specs(score_segments[0].layout)
 
 
+def has_spans(score_segments: ScoreSegments) -> bool:
+    """Return whether the teacher has another tokenizer, so that its scores are of spans."""
+    return score_segments[0].layout in schema.SPAN_LAYOUTS
+
+
 def dtypes_of(
     rollout: Segment, score_segments: ScoreSegments, base: ScoreSegments = ()
 ) -> dict[str, str]:
@@ -151,6 +165,7 @@ def dtypes_of(
         (any(are_partial(each) for each in (score_segments, base) if each), {SCORED}),
         (is_bounded(score_segments), {"q_entropy_hi"}),
         (bool(base), {"base_token_lp", "s_base", "t_base"}),
+        (has_spans(score_segments), SPAN_ARRAYS),
     ):
         absent |= set() if present else names
     return {name: dtype for name, dtype in DTYPES.items() if name not in absent}

@@ -4,6 +4,7 @@
     renormalised, support known in advance        none                           a share of the rows
     renormalised, support of the current policy   one, forward                   every row
     any other                                     three                          every row
+    over spans, which join rows                   four                           every row
 
 Metrics need the log-sum-exp of a row. Where the loss does not, they are computed on a share of the
 rows, chosen by a hash of the stored data of a row: the same rows in every run on the same scores,
@@ -22,6 +23,7 @@ from logitcask.engine.objectives.evaluate import (
     is_renormalised,
     support_objective,
 )
+from logitcask.engine.objectives.spans.evaluate import span_loss
 from logitcask.engine.packing.targets import Targets
 from logitcask.kernels.indexed_linear import indexed_linear
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
@@ -62,6 +64,18 @@ def pack_loss(
     """
     if row_weight is None:
         row_weight = token_mean(objective, targets)
+    every = torch.arange(len(targets), device=states.device)
+    if objective.over_spans:
+        loss, metrics = span_loss(
+            objective,
+            states,
+            head,
+            targets,
+            row_weight=row_weight,
+            n_vocab=n_vocab,
+            logit_transform=logit_transform,
+        )
+        return PackLoss(loss, metrics, every)
     k = current_topk(objective, n_vocab)
     alone = is_renormalised(objective) and has_known_support(objective)
     if not alone or skips(objective, bounds):
@@ -76,7 +90,6 @@ def pack_loss(
             n_vocab=n_vocab,
             logit_transform=logit_transform,
         )
-        every = torch.arange(len(targets), device=states.device)
         return PackLoss(result.loss, result.metrics, every)
     ids, tokenizer_vocab = support_objective(objective, targets)
     loss = indexed_linear(

@@ -34,12 +34,16 @@ BOUNDS = "+bounds"
 lower and an upper bound of the entropy."""
 PARTIAL = "+rows"
 """Suffix of all of these but the last where a segment has the scores of some positions only."""
+SPANS, SPAN_STARTS, SPAN_ENDS = "spans", "spans+starts", "spans+ends"
+"""Layouts of a teacher with another tokenizer: log-probs of its own tokens and the spans of both,
+and with its best ids at the first or the last row of each span."""
+SPAN_LAYOUTS = (SPANS, SPAN_STARTS, SPAN_ENDS)
 _REWARDED = (STUDENT, PLAIN, MC)
 _BOUNDED = (DEDUP, FULL)
 _FIRST = (DEDUP, FULL, SAMPLED, *(layout + BOUNDS for layout in _BOUNDED))
 LAYOUTS = {
     ROLLOUT: (*_REWARDED, *(layout + REWARD for layout in _REWARDED)),
-    SCORE: (*_FIRST, EXTENSION, *(layout + PARTIAL for layout in _FIRST)),
+    SCORE: (*_FIRST, EXTENSION, *(layout + PARTIAL for layout in _FIRST), *SPAN_LAYOUTS),
 }
 
 POSITION_CHUNK = 32768
@@ -56,6 +60,10 @@ MAX_COUNT = {
     "E": 1 << 30,
     "D": 1 << 30,
     "S": 1 << 30,
+    "Q": 1 << 26,
+    "G": 1 << 26,
+    "U": 1 << 24,
+    "B": 1 << 28,
 }
 """Larger counts of a record are refused before any file is read."""
 MAX_SEGMENT_BYTES = 2 << 30
@@ -163,6 +171,23 @@ _SPECS |= {
     }
     for layout in _FIRST
 }
+_SPAN_ROWS = {
+    name: replace(spec, count="G") if spec.count == "P" else spec
+    for name, spec in ({"entropy": Spec("float32", "P")} | _ENTRIES | _KEPT).items()
+}
+_SPECS[SPANS] = {
+    "teacher_offsets": Spec("int64", "N", 1),
+    "teacher_tokens": Spec("uint32", "Q"),
+    "teacher_logprobs": Spec("float32", "Q"),
+    "teacher_marks": Spec("uint8", "Q"),
+    "student_marks": Spec("uint8", "P"),
+    "text_digests": Spec("int64", "N"),
+    "piece_ids": Spec("uint32", "U"),
+    "piece_twins": Spec("int64", "U"),
+    "piece_lengths": Spec("uint16", "U"),
+    "piece_bytes": Spec("uint8", "B", chunk=ENTRY_CHUNK),
+}
+_SPECS |= dict.fromkeys((SPAN_STARTS, SPAN_ENDS), _SPECS[SPANS] | _SPAN_ROWS)
 COUNTS = {
     STUDENT: ("M", "N", "P", "T", "J", "E"),
     PLAIN: ("M", "N", "P", "T", "J"),
@@ -170,6 +195,8 @@ COUNTS = {
     DEDUP: ("N", "P", "E", "S"),
     **dict.fromkeys((FULL, SAMPLED, EXTENSION), ("N", "P", "E")),
 }
+COUNTS[SPANS] = ("N", "P", "Q", "U", "B")
+COUNTS |= dict.fromkeys((SPAN_STARTS, SPAN_ENDS), (*COUNTS[SPANS], "G", "E"))
 COUNTS |= {layout + REWARD: COUNTS[layout] for layout in _REWARDED}
 COUNTS |= {layout + BOUNDS: COUNTS[layout] for layout in _BOUNDED}
 COUNTS |= {layout + PARTIAL: (*COUNTS[layout], "R") for layout in _FIRST}
