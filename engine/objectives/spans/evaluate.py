@@ -5,6 +5,8 @@ function of them, which autograd differentiates; a second pass hands its derivat
 the hidden states. So no loss of spans has a kernel of its own.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ def span_loss(
     span that is partly trained on has no log-prob of the part.
     """
     rows = targets.spanned()
-    shared = {"n_vocab": n_vocab, "logit_transform": logit_transform, "k": 1}
+    run = partial(linear_sparse_kl, k=1, n_vocab=n_vocab, logit_transform=logit_transform)
     log_p = states.new_empty(rows.ids.shape, dtype=torch.float32)
     if states.dtype == torch.float64:
         log_p = log_p.double()
@@ -44,7 +46,7 @@ def span_loss(
         return _grad(view.log_p.new_zeros(len(view.index)), torch.zeros_like(view.log_p))
 
     with torch.no_grad():
-        linear_sparse_kl(states, head, rows.ids, keep, **shared)
+        run(states, head, rows.ids, keep)
     with torch.enable_grad():
         x = SpanLogProbs(log_p.requires_grad_(), rows)
         loss = SPAN_LOSSES[objective.divergence](x, objective.k, objective.parameter or 0.0)
@@ -56,7 +58,7 @@ def span_loss(
     def precomputed(view: ObjectiveInput) -> ObjectiveGrad:
         return _grad(of_row[view.index], at_ids[view.index])
 
-    result = linear_sparse_kl(states, head, rows.ids, precomputed, **shared)
+    result = run(states, head, rows.ids, precomputed)
     return result.loss, _metrics(x)
 
 
