@@ -1,10 +1,13 @@
 """The coverage of spans, counted by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from logitcask.engine.alignment.by_sequence import spans_of
 from logitcask.engine.alignment.coverage import SpanCoverage, coverage_of, describe
-from logitcask.engine.alignment.span_scores import END, GAP, PATCHED, STARTS, SpanScores
+from logitcask.engine.alignment.span_scores import END, GAP, NONE, PATCHED, STARTS, SpanScores
 
 # Text "abcdefghij": the student has ab|cd|e|f|gh|ij, the teacher a|b|cd|ef|g|hij and its control
 # token 9, which no token of the student pairs with. `g` is a byte that it would not have chosen.
@@ -69,3 +72,28 @@ def test_segments_add_and_the_words_have_their_shares() -> None:
     assert words["patched"].startswith("10.00% of the bytes")
     assert "37.50% is at ids that are no token" in words["truncated"]
     assert "20.00% outside" in words["truncated"]
+
+
+def test_spans_of_a_response_have_both_sides_and_the_kept_ids() -> None:
+    found = spans_of(scores(), 0, slice(0, 7))
+    assert [each.rows for each in found] == [range(1), range(1, 2), range(2, 4), range(4, 6)]
+    assert [[text for _, text in each.tokens] for each in found] == [
+        *([b"a", b"b"], [b"cd"], [b"ef"], [b"g", b"hij"])
+    ]
+    assert [each.log_prob for each in found] == [-2, -1, -1, -2]
+    assert [each.at for each in found] == [0, 1, 2, 4]
+    first, *_, last = found
+    assert [(each.id, each.twin, each.text) for each in first.entries] == [
+        *((0, None, b"a"), (1, 7, b"b"))
+    ]
+    assert [each.id for each in last.entries] == [2]
+    assert last.tail == pytest.approx(0.5)
+
+
+def test_scores_without_rows_have_spans_alone() -> None:
+    none = {name: getattr(scores(), name)[:0] for name in ("entropy", "log_tail", "kept", "cnt")}
+    bare = replace(scores(), rows=NONE, ids=IDS[:0], entry_lp=none["entropy"], **none)
+    found = spans_of(bare, 0, slice(0, 7))
+    assert [each.log_prob for each in found] == [-2, -1, -1, -2]
+    assert all(each.at is None and not each.entries for each in found)
+    assert "alone" in describe(coverage_of([bare]))["boundary-conditioned"]
