@@ -67,6 +67,12 @@ class StoreData:
             preset, cache_info(None, self._source, allow_off_lineage=False)
         )
         """How exactly the store serves the objective."""
+        if self.objective.over_spans:
+            raise ObjectiveError(
+                f"objective {objective!r} joins the rows of a span, and a trainer weighs them one "
+                "by one",
+                hint="name another, or train with `logitcask train`",
+            )
         for modifier in self.objective.modifiers:
             if modifier.scope != "row":
                 raise ObjectiveError(

@@ -3,8 +3,8 @@
 The numbers are those that training logs at the same weights on the same rows: both use the same
 kernel and functions, and average over rows by the loss mask. A loss is the objective's, of every
 row, without modifiers that weigh rows. The metrics of the paper's released code are added, each
-mean pooled over rows as in that code. With the teacher's model the KL over the whole vocabulary is
-added too, see full_kl.py.
+mean pooled over rows as in that code. Scores of spans have the metrics of spans alone. With the
+teacher's model the KL over the whole vocabulary is added too, see full_kl.py.
 """
 
 import math
@@ -16,12 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from logitcask.engine.errors import IncompleteError
+from logitcask.engine.errors import IncompleteError, ObjectiveError
 from logitcask.engine.metrics.metrics import METRICS
 from logitcask.engine.metrics.paper_code import METRICS_RELEASED, Pair, released_metrics
 from logitcask.engine.models.forward import inner_model, inside_forward
 from logitcask.engine.models.load import hidden_states
-from logitcask.engine.objectives import Objective, current_topk, row_objective
+from logitcask.engine.objectives import (
+    Objective,
+    current_topk,
+    parse_objective,
+    row_objective,
+)
+from logitcask.engine.objectives.spans.evaluate import span_values
 from logitcask.engine.packing.batches import PlannedPacks
 from logitcask.engine.packing.source import Pack
 from logitcask.engine.probes.full_kl import HeadRows, full_kl, head_rows
@@ -33,6 +39,9 @@ ONLY_METRICS = Objective(
     support="teacher", divergence="forward_kl", tail="bucket", estimator="divergence", k=1
 )
 """The kernel needs an objective to return metrics; the loss of this one is not used."""
+
+SPAN_METRICS = parse_objective("span_advantage").objective
+"""The same of packs whose teacher has another tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,7 +199,16 @@ def _metrics_of(
     found: dict[str, Pair] = {}
     if not len(pack.targets):
         return found
-    for name, objective in (objectives or {"": ONLY_METRICS}).items():
+    others = SPAN_METRICS if pack.targets.span is not None else ONLY_METRICS
+    for name, objective in (objectives or {"": others}).items():
+        if objective.over_spans:
+            found |= _of_spans(own, pack, objective, n_vocab, name)
+            continue
+        if pack.targets.span is not None:
+            raise ObjectiveError(
+                f"objective {name!r} needs scores of the student's tokens, and these are of spans",
+                hint="name an objective over spans: `logitcask objectives` lists them",
+            )
         evaluate = row_objective(objective, pack.targets)
 
         def with_released(view: ObjectiveInput, evaluate: Any = evaluate) -> ObjectiveGrad:
@@ -217,6 +235,23 @@ def _metrics_of(
         values = full_kl(own, teacher, n_vocab)
         found |= {name: (value, torch.ones_like(value)) for name, value in values.items()}
     return found
+
+
+def _of_spans(
+    own: HeadRows, pack: Pack, objective: Objective, n_vocab: int, name: str
+) -> dict[str, Pair]:
+    """Return the metrics of spans, and the loss if the objective has a name."""
+    values = span_values(
+        objective,
+        own.states,
+        own.head,
+        pack.targets,
+        n_vocab=n_vocab,
+        logit_transform=own.logit_transform,
+    )
+    loss = values.pop("loss")
+    values |= {f"loss/{name}": loss} if name else {}
+    return {each: (value, torch.ones_like(value)) for each, value in values.items()}
 
 
 def _bin(start: int, end: int, sums: Mapping[str, tuple[Array, ...]], weight: Array) -> Bin:

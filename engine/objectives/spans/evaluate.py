@@ -5,7 +5,9 @@ function of them, which autograd differentiates; a second pass hands its derivat
 the hidden states. So no loss of spans has a kernel of its own.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,21 +39,11 @@ def span_loss(
     """
     rows = targets.spanned()
     run = partial(linear_sparse_kl, k=1, n_vocab=n_vocab, logit_transform=logit_transform)
-    log_p = states.new_empty(rows.ids.shape, dtype=torch.float32)
-    if states.dtype == torch.float64:
-        log_p = log_p.double()
-
-    def keep(view: ObjectiveInput) -> ObjectiveGrad:
-        log_p[view.index] = view.log_p
-        return _grad(view.log_p.new_zeros(len(view.index)), torch.zeros_like(view.log_p))
-
-    with torch.no_grad():
-        run(states, head, rows.ids, keep)
+    log_p = _log_p(run, states, head, rows)
     with torch.enable_grad():
         x = SpanLogProbs(log_p.requires_grad_(), rows)
         loss = SPAN_LOSSES[objective.divergence](x, objective.k, objective.parameter or 0.0)
-        weight = row_weight[x.first].to(loss.dtype)
-        weight = torch.where(x.sums((rows.weight == 0).to(loss.dtype)) > 0, 0.0, weight)
+        weight = _weights(x, row_weight).to(loss.dtype)
         (at_ids,) = torch.autograd.grad((weight * loss).sum(), log_p)
     of_row = loss.new_zeros(len(rows)).index_add(0, x.first, (weight * loss).detach())
 
@@ -60,6 +52,49 @@ def span_loss(
 
     result = run(states, head, rows.ids, precomputed)
     return result.loss, _metrics(x)
+
+
+@torch.no_grad()
+def span_values(
+    objective: Objective,
+    states: Tensor,
+    head: Tensor,
+    targets: Targets,
+    *,
+    n_vocab: int,
+    logit_transform: LogitTransform,
+) -> dict[str, Tensor]:
+    """Return name -> [P] of the metrics, and `loss`: of each span, nats, at its first row.
+
+    Arguments as those of span_loss. A span that is partly trained on has a loss of 0 here.
+    """
+    rows = targets.spanned()
+    run = partial(linear_sparse_kl, k=1, n_vocab=n_vocab, logit_transform=logit_transform)
+    x = SpanLogProbs(_log_p(run, states, head, rows), rows)
+    loss = SPAN_LOSSES[objective.divergence](x, objective.k, objective.parameter or 0.0)
+    loss = torch.where(_weights(x, rows.weight) > 0, loss, 0.0)
+    return {**_metrics(x), "loss": loss.new_zeros(len(rows)).index_add(0, x.first, loss)}
+
+
+@torch.no_grad()
+def _log_p(run: Callable[..., Any], states: Tensor, head: Tensor, rows: Targets) -> Tensor:
+    """Return [P, C] log p of the current student at the columns."""
+    log_p = states.new_empty(rows.ids.shape, dtype=torch.float32)
+    if states.dtype == torch.float64:
+        log_p = log_p.double()
+
+    def keep(view: ObjectiveInput) -> ObjectiveGrad:
+        log_p[view.index] = view.log_p
+        return _grad(view.log_p.new_zeros(len(view.index)), torch.zeros_like(view.log_p))
+
+    run(states, head, rows.ids, keep)
+    return log_p
+
+
+def _weights(x: SpanLogProbs, row_weight: Tensor) -> Tensor:
+    """Return [G] the weights of spans: of the first row, 0 where a row is not trained on."""
+    masked = x.sums((x.rows.weight == 0).to(x.log_p.dtype)) > 0
+    return torch.where(masked, 0.0, row_weight[x.first])
 
 
 def _grad(loss: Tensor, at_ids: Tensor) -> ObjectiveGrad:

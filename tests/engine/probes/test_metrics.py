@@ -81,6 +81,17 @@ def test_metrics_do_not_depend_on_which_losses_are_shown(case: tuple[Store, Mode
     assert all(bare[name] == pytest.approx(both[name], rel=1e-6) for name in COMMON_METRICS)
 
 
+def test_spans_of_one_token_have_the_loss_of_the_sampled_token(
+    case: tuple[Store, ModelRef],
+) -> None:
+    store, model = case
+    names = ("span_advantage", "sampled_token")
+    objectives = {name: parse_objective(name).objective for name in names}
+    means = probe(load_student(model), rows_of(store), objectives=objectives, n_vocab=99)[0].means
+    assert means["loss/span_advantage"] == pytest.approx(means["loss/sampled_token"], rel=1e-6)
+    assert means["span/one_to_one"] == 1
+
+
 @pytest.mark.parametrize("bins", [1, 3, 12])
 def test_bins_are_means_of_their_rows_and_together_all(
     case: tuple[Store, ModelRef], bins: int
