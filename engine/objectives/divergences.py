@@ -96,11 +96,8 @@ PARAMETERS = {
     "skew_reverse": ("alpha", 0.1),
     "alpha": ("alpha", 0.5),
     "mixed_kl": ("weight", 0.5),
-    "advantage": ("gamma", 0.0),
 }
-"""Divergences with a parameter: its name, and the value in its source. Those of SPAN_LOSSES too."""
-RANGES = {"gamma": "[0, 1]"}
-"""Name of a parameter -> its values, where they are not (0, 1)."""
+"""Divergences with a parameter in (0, 1): its name, and the value in its source."""
 
 TRUNCATED = ("forward_kl", "skew", "jsd", "alpha")
 """Divergences whose sum over a part of the ids has its minimum at the teacher there, see above."""

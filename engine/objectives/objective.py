@@ -11,12 +11,11 @@ from logitcask.engine.objectives.divergences import (
     DIVERGENCES,
     OUTSIDE_COST,
     PARAMETERS,
-    RANGES,
     TRUNCATED,
 )
 from logitcask.engine.objectives.modifiers import EXCLUDES, Modifier, Term
 from logitcask.engine.objectives.policy_gradient import WEIGHTS
-from logitcask.engine.objectives.spans import SPAN_LOSSES
+from logitcask.engine.objectives.spans import SPAN_LOSSES, SPAN_PARAMETERS
 from logitcask.engine.objectives.supports import (
     CURRENT_SUPPORTS,
     SAMPLED_SUPPORTS,
@@ -44,16 +43,14 @@ ALLOWED_COMBINATIONS: frozenset[tuple[str, str, str, str]] = frozenset(
         # An advantage compares raw log-probs, so it ignores the tail. It estimates the gradient of
         # reverse KL; its forward variant is reported as very poor (thunlp/OPD #21).
         *product(
-            sorted({*SUPPORTS} - {"teacher_mc", SPANS}),
+            sorted({*SUPPORTS} - {"teacher_mc"}),
             ["reverse_kl"],
             ["ignore"],
             ["policy_gradient"],
         ),
-        # A loss over spans says for itself what it compares.
-        *product([SPANS], SPAN_LOSSES, ["ignore"], [SPANS]),
     ]
 )
-"""(support, divergence, tail, estimator)."""
+"""(support, divergence, tail, estimator) of a loss of rows. A loss over spans has one tail."""
 
 STORED_KEYS = {"tail": "outside", "estimator": "form"}
 STORED_VALUES = {"bucket": "tail", "policy_gradient": "advantage"}
@@ -87,7 +84,7 @@ class Objective:
 
     def __post_init__(self) -> None:
         for key, value, known in (
-            ("support", self.support, SUPPORTS),
+            ("support", self.support, (*SUPPORTS, SPANS)),
             ("divergence", self.divergence, SPAN_LOSSES if self.over_spans else DIVERGENCES),
             ("tail", self.tail, TAILS),
             ("estimator", self.estimator, ESTIMATORS),
@@ -142,12 +139,9 @@ class Objective:
                 "joins several rows, and no other one does",
                 hint="use support and estimator 'spans' together, or neither",
             )
-        if self.over_spans and self.modifiers:
-            raise ObjectiveError(
-                f"modifier {self.modifiers[0].name!r} with a loss over spans: modifiers change the "
-                "loss of a row",
-                hint="leave it out",
-            )
+        if self.over_spans:
+            self._check_spans()
+            return
         if self.support in SAMPLED_SUPPORTS - {"teacher_mc"} and self.estimator == "divergence":
             raise ObjectiveError(
                 f"support {self.support!r} with estimator 'divergence': a drawn id is no "
@@ -177,6 +171,21 @@ class Objective:
                 f"weights {self.weights!r} with estimator {self.estimator!r} and support "
                 f"{self.support!r}: only a policy gradient on a top-k has weights of ids",
                 hint="leave weights out",
+            )
+
+    def _check_spans(self) -> None:
+        """Raise ObjectiveError for what a loss over spans does not have."""
+        if self.modifiers:
+            raise ObjectiveError(
+                f"modifier {self.modifiers[0].name!r} with a loss over spans: modifiers change the "
+                "loss of a row",
+                hint="leave it out",
+            )
+        if self.tail != "ignore" or self.weights != "student_p":
+            raise ObjectiveError(
+                f"tail {self.tail!r} and weights {self.weights!r} with a loss over spans, which "
+                "says for itself what it compares",
+                hint="use tail 'ignore', and leave weights out",
             )
 
     def _check_cut(self) -> None:
@@ -242,22 +251,25 @@ class Objective:
             )
 
     def _check_parameter(self) -> None:
-        if self.divergence not in PARAMETERS:
+        known = SPAN_PARAMETERS if self.over_spans else _PARAMETERS
+        if self.divergence not in known:
             if self.parameter is not None:
                 raise ObjectiveError(
                     f"parameter = {self.parameter} with divergence {self.divergence!r}, which has "
                     "none",
-                    hint=f"leave it out, or use one of {', '.join(PARAMETERS)}",
+                    hint=f"leave it out, or use one of {', '.join(known)}",
                 )
             return
-        name, usual = PARAMETERS[self.divergence]
-        values = RANGES.get(name, "(0, 1)")
+        name, usual, values = known[self.divergence]
         if self.parameter is None or not _is_in(self.parameter, values):
             ends = "" if self.over_spans else "; at the ends use forward_kl or reverse_kl"
             raise ObjectiveError(
                 f"{name} = {self.parameter} of divergence {self.divergence!r} is not in {values}",
                 hint=f"give a value in it, e.g. {usual}{ends}",
             )
+
+
+_PARAMETERS = {key: (name, usual, "(0, 1)") for key, (name, usual) in PARAMETERS.items()}
 
 
 def _is_in(value: float, values: str) -> bool:

@@ -60,12 +60,6 @@ def teacher_mc(topk_index: Tensor, rows: Targets, k: int) -> Tensor:
     return rows.require("q_draws") > 0
 
 
-def spans(topk_index: Tensor, rows: Targets, k: int) -> Tensor:
-    """Return the scored ids: a loss over spans chooses among them."""
-    return rows.cached
-
-
-SPANS = "spans"
 SUPPORTS: dict[str, Support] = {
     "teacher": teacher,
     "student": student,
@@ -75,8 +69,11 @@ SUPPORTS: dict[str, Support] = {
     "sampled": sampled,
     "mc": mc,
     "teacher_mc": teacher_mc,
-    SPANS: spans,
 }
+"""The supports of a row."""
+
+SPANS = "spans"
+"""The support of a loss over spans, which chooses among the columns for itself."""
 
 CURRENT_SUPPORTS = frozenset({"overlap", "union", "non_overlap"})
 """Supports that depend on the top-k of the current student."""

@@ -15,6 +15,10 @@ from logitcask.engine.objectives.presets.on_draws import ON_DRAWS
 from logitcask.engine.objectives.presets.on_spans import ON_SPANS
 from logitcask.engine.objectives.presets.on_topk import ON_TOPK
 
-PRESETS: dict[str, Preset] = {preset.name: preset for preset in (*ON_TOPK, *ON_DRAWS, *ON_SPANS)}
+ROW_PRESETS: dict[str, Preset] = {preset.name: preset for preset in (*ON_TOPK, *ON_DRAWS)}
+"""Losses of single rows."""
+SPAN_PRESETS: dict[str, Preset] = {preset.name: preset for preset in ON_SPANS}
+"""Losses over spans, which join rows."""
+PRESETS: dict[str, Preset] = ROW_PRESETS | SPAN_PRESETS
 
-__all__ = ["FULL_VOCAB_K", "PRESETS", "Preset", "with_fields"]
+__all__ = ["FULL_VOCAB_K", "PRESETS", "ROW_PRESETS", "SPAN_PRESETS", "Preset", "with_fields"]

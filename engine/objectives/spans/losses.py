@@ -11,3 +11,6 @@ SpanLoss = Callable[[SpanLogProbs, int, float], Tensor]
 """(log-probs, k of the objective, its parameter) -> [G] nats, differentiable by log_p."""
 
 SPAN_LOSSES: dict[str, SpanLoss] = {"advantage": advantage}
+
+SPAN_PARAMETERS = {"advantage": ("gamma", 0.0, "[0, 1]")}
+"""Losses with a parameter: its name, the value in its source, and its values."""

@@ -21,6 +21,7 @@ from logitcask.engine.objectives import (
 )
 from logitcask.engine.objectives.bounds import bounded_metric, rows_to_skip
 from logitcask.engine.objectives.exactness import Served
+from logitcask.engine.objectives.presets import ROW_PRESETS
 from logitcask.kernels.sparse_kl import sparse_kl_reference
 from tests.engine.objectives.full_rows import make_full, run
 
@@ -48,7 +49,7 @@ def cache_for(name: str) -> CacheInfo:
     return SAMPLED if name == "rs_kd" else CACHE
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ROW_PRESETS)
 def test_exactness_of_every_preset(name: str) -> None:
     exact = ("overlap", "teacher_topk", "full_vocab", "veto", "mixed_kl", "kd", "sft")
     coarse = ("forward_kl", "gkd", "skew_kl", "skew_reverse_kl", "alpha_divergence")
@@ -141,7 +142,7 @@ def test_prefixes_name_the_versions_of_the_rollouts() -> None:
     assert any("chat template" in note for note in check_exactness(PRESETS["overlap"], other).notes)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ROW_PRESETS)
 def test_a_teacher_of_returned_topk_alone_is_labelled(name: str) -> None:
     cache = replace(cache_for(name), entropy_bounds=True)
     interval = check_exactness(PRESETS[name], cache)
@@ -198,7 +199,7 @@ def test_student_supports_are_refused_if_the_cache_lacks_them(name: str) -> None
     assert "--objective overlap" in caught.value.hint
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ROW_PRESETS)
 def test_an_off_lineage_student_needs_permission_for_a_frozen_support_only(name: str) -> None:
     off_lineage = replace(CACHE, same_base_weights=False)
     if PRESETS[name].objective.support != "student":
@@ -214,8 +215,8 @@ def test_an_off_lineage_student_needs_permission_for_a_frozen_support_only(name:
 
 
 def test_whole_scores_serve_everything_else() -> None:
-    served = [name for name, preset in PRESETS.items() if preset.objective.support != "student"]
-    assert len(served) == len(PRESETS) - 4
+    served = [name for name, preset in ROW_PRESETS.items() if preset.objective.support != "student"]
+    assert len(served) == len(ROW_PRESETS) - 4
     for name in served:
         whole = replace(cache_for(name), at_student=False)
         scores = check_exactness(PRESETS[name], whole).scores

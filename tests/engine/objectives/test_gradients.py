@@ -19,6 +19,7 @@ from logitcask.engine.objectives import (
     row_objective,
 )
 from logitcask.engine.objectives.objective import ALLOWED_COMBINATIONS
+from logitcask.engine.objectives.presets import ROW_PRESETS
 from logitcask.engine.objectives.supports import SAMPLED_SUPPORTS
 from logitcask.kernels.objective_input import ObjectiveInput
 from logitcask.kernels.sparse_kl import sparse_kl
@@ -112,7 +113,7 @@ def test_every_cell_is_its_formula(cell: tuple[str, str, str, str], data: st.Dat
     torch.testing.assert_close(dz, grad, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", [n for n, p in PRESETS.items() if not p.objective.modifiers])
+@pytest.mark.parametrize("name", [n for n, p in ROW_PRESETS.items() if not p.objective.modifiers])
 def test_every_preset_is_its_formula_at_its_own_k(name: str) -> None:
     """Check the presets without modifiers; test_modifiers has the others."""
     preset = PRESETS[name]
@@ -353,7 +354,7 @@ def test_rounding_of_a_small_tail_does_not_blow_up_the_pull_outside() -> None:
     assert (pull <= r + 1e-6).all()
 
 
-@pytest.mark.parametrize("name", [n for n, p in PRESETS.items() if not p.objective.modifiers])
+@pytest.mark.parametrize("name", [n for n, p in ROW_PRESETS.items() if not p.objective.modifiers])
 def test_float32_is_as_good_as_plain_torch(name: str) -> None:
     """Compare errors against float64 on peaked rows: at most about twice naive torch's."""
     z = [logits(seed, 8, 2000, 4.0) for seed in (20, 21)]

@@ -23,6 +23,7 @@ from logitcask.engine.objectives import (
     row_objective,
 )
 from logitcask.engine.objectives.evaluate import is_renormalised
+from logitcask.engine.objectives.presets import ROW_PRESETS
 from logitcask.kernels.sparse_kl import sparse_kl_reference
 from tests.engine.objectives.full_rows import Full, entropy, make_full, run
 
@@ -398,7 +399,7 @@ def test_entropy_bonus_refuses_an_invalid_coefficient(coefficient: float) -> Non
         objective(f"opd+entropy_bonus(coefficient={coefficient})")
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ROW_PRESETS)
 def test_a_gradient_sums_to_zero_and_is_sparse_if_renormalised(name: str) -> None:
     """Check the property that lets indexed_linear skip the rest of the vocabulary."""
     full = rows(q_draws=[{1: 2, 3: 1}] * P) if name == "rs_kd" else rows(mc=[{1: 2, 3: 1}] * P)

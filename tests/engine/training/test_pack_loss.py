@@ -17,6 +17,7 @@ from logitcask.engine.objectives import (
     row_objective,
 )
 from logitcask.engine.objectives.evaluate import is_renormalised
+from logitcask.engine.objectives.presets import ROW_PRESETS
 from logitcask.engine.objectives.supports import SAMPLED_SUPPORTS
 from logitcask.engine.training import pack_loss as module
 from logitcask.engine.training.pack_loss import pack_loss, row_hash
@@ -108,7 +109,7 @@ def test_dense_products_only_if_the_estimator_needs_them(monkeypatch: pytest.Mon
         **dict.fromkeys(("overlap", "union", "non_overlap"), live),
         **dict.fromkeys(("opd", "teacher_topk", "veto", "full_vocab", "mixed_kl", "kd"), fixed),
     }
-    for name, preset in PRESETS.items():
+    for name, preset in ROW_PRESETS.items():
         used.clear()
         objective = parse_objective(name, k=1 if preset.objective.k == 1 else 4).objective
         loss_of(objective, make_rows(teacher_draws=name == "rs_kd"), metrics_fraction=1.0)

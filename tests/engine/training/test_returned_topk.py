@@ -28,6 +28,7 @@ from logitcask.engine.objectives import (
     parse_objective,
     row_objective,
 )
+from logitcask.engine.objectives.presets import ROW_PRESETS
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.packing.targets import Targets
 from logitcask.engine.rollout.plan import rollout
@@ -180,7 +181,7 @@ def test_an_entropy_interval_is_shown(store: Store) -> None:
     assert "teacher_entropy_hi" not in show_sequence(store, teacher="all", **which)["rows"][0]
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS.keys() - UNSUPPORTED.keys()))
+@pytest.mark.parametrize("name", sorted(ROW_PRESETS.keys() - UNSUPPORTED.keys()))
 def test_every_objective_has_the_same_values_for_both(store: Store, name: str) -> None:
     ours, grad = loss_and_grad(store, "returned", name)
     exact, exact_grad = loss_and_grad(store, "all", name)

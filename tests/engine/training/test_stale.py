@@ -27,6 +27,7 @@ from logitcask.engine.objectives import (
     row_objective,
 )
 from logitcask.engine.objectives.modifiers import Stepwise
+from logitcask.engine.objectives.presets import ROW_PRESETS
 from logitcask.engine.packing.source import Pack, PackSource
 from logitcask.engine.packing.targets import Targets
 from logitcask.engine.rollout.plan import rollout
@@ -223,7 +224,7 @@ def test_the_student_has_moved(case: Case) -> None:
     assert overlap_of(case.live, case.old, 16).double().mean() < 15
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ROW_PRESETS)
 def test_exact_scores_are_those_of_the_live_teacher(case: Case, name: str) -> None:
     """Compare at the labelled ids.
 
