@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from logitcask.engine.errors import ConfigError, StoreError
+from logitcask.engine.errors import StoreError
 from logitcask.engine.events import counted
+from logitcask.engine.packing.kinds import check_same_kind
 from logitcask.engine.packing.missing import check_planned, check_scored
 from logitcask.engine.packing.plan import (
     WINDOW_BYTES,
@@ -30,9 +31,15 @@ from logitcask.engine.packing.targets import Targets, empty_sequence, make_targe
 from logitcask.engine.packing.teachers import Source, Teachers
 from logitcask.engine.store import ScoreSegments, Segment, Snapshot, Store
 from logitcask.engine.store.cache import UnitCache, read_unit
-from logitcask.engine.store.decoded_unit import DecodedUnit, dtypes_of, is_bounded, size_of
+from logitcask.engine.store.decoded_unit import (
+    DecodedUnit,
+    dtypes_of,
+    has_spans,
+    is_bounded,
+    size_of,
+    with_spans,
+)
 from logitcask.engine.store.format.rows import last_marked
-from logitcask.engine.store.format.schema import SAMPLED
 from logitcask.engine.store.log.snapshot import are_partial
 from logitcask.engine.types import Array
 
@@ -127,12 +134,19 @@ class PackSource:
         """(rollout segment, its scores) of every teacher that the segment needs, one after the
         other; for one teacher by the ordinals of a plan.
         """
-        self._check_same_kind()
         self._bases: tuple[ScoreSegments, ...] = tuple(
             of_base.get(s.seg_id, ()) for s, _ in self.pairs
         )
+        check_same_kind(
+            self.teachers,
+            [[self.pairs[i][1] for i in indices] for indices in self._ranges],
+            [each for each in self._bases if each],
+            store.read_marks,
+        )
         self.bounded = any(is_bounded(scores) for _, scores in self.pairs)
         """True if the teacher's entropies are intervals in at least one unit."""
+        self.has_spans = any(has_spans(scores) for _, scores in self.pairs)
+        """True if a teacher has another tokenizer: then the targets of all of them have spans."""
         if not self.pairs:
             raise StoreError(
                 f"{store.url} has no rollouts {rollouts_name!r} with scores of "
@@ -234,10 +248,13 @@ class PackSource:
         of = [(i, int(s)) for o, s in members for i in self._pairs(o, s)]
         parts = [self._unit(i).sequence(s) for i, s in of]
         sources = self._sources([i for i, _ in of], parts)
-        # All units of one name have the same arrays, but some may hold an exact entropy.
+        # All units of one name have the same arrays, but some may hold an exact entropy, and of
+        # several teachers one may have another tokenizer.
         parts = parts or [empty_sequence(dtypes_of(*self.pairs[0], self._bases[0]))] * len(weights)
         if self.bounded:
             parts = [{"q_entropy_hi": part["q_entropy"], **part} for part in parts]
+        if self.has_spans:
+            parts = [with_spans(part) for part in parts]
         flat = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         every = [part["input_ids"] for part in parts]
         # One teacher may have scored fewer positions, and its part then ends earlier.
@@ -322,23 +339,3 @@ class PackSource:
         names = tuple(name for name in self.teachers.names if name in of_prompt)
         index = np.asarray([names.index(name) for name in of_prompt], np.int64)
         return names, index[extent.seq_prompt]
-
-    def _check_same_kind(self) -> None:
-        """Raise ConfigError if one teacher's scores are its draws and another's its top ids, or if
-        teachers with weights have scored different positions.
-        """
-        if len({scores[0].layout.startswith(SAMPLED) for _, scores in self.pairs}) > 1:
-            raise ConfigError(
-                f"--teacher {self.teachers}: the scores of one are drawn ids, of another top ids",
-                hint="name teachers that were scored with the same --selection",
-            )
-        for indices in self._ranges if self.teachers.mixed else []:
-            chains = [self.pairs[i][1] for i in indices]
-            if any(map(are_partial, chains)):
-                marks = [self._store.read_marks(each) for each in chains]
-                if len({None if each is None else each.tobytes() for each in marks}) > 1:
-                    raise ConfigError(
-                        f"--teacher {self.teachers}: one has scored positions that another has not",
-                        hint="repeat `logitcask score` with --positions all, or with the same "
-                        "positions for each of them",
-                    )

@@ -232,8 +232,10 @@ def make_targets(flat: Mapping[str, Array]) -> Targets:
     token_col = np.where(hit.any(1), hit.argmax(1) if width else 0, filled)
     every = np.arange(len(token))
     ids[every, token_col] = token
-    # The sampled token's own value is stored in full precision; entries may be rounded.
-    q_log_p[every, token_col] = flat["q_token_lp"]
+    # The sampled token's own value is stored in full precision; entries may be rounded. It is NaN in
+    # a span of several tokens.
+    known_lp = ~np.isnan(flat["q_token_lp"])
+    q_log_p[every[known_lp], token_col[known_lp]] = flat["q_token_lp"][known_lp]
     optional = {"student_topk_logprobs": place(flat["s_p"], -np.inf, -np.inf, np.float32)}
     if mc_at is not None:
         optional["mc_count"] = place(0, 0, 0, np.int64)

@@ -23,9 +23,16 @@ import numpy as np
 from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.models.digests import flush
 from logitcask.engine.models.identity import canonical, digest
-from logitcask.engine.store.decoded_unit import DTYPES, DecodedUnit, decode_unit, dtypes_of
+from logitcask.engine.store.decoded_unit import (
+    DTYPES,
+    DecodedUnit,
+    decode_unit,
+    dtypes_of,
+    has_spans,
+)
 from logitcask.engine.store.format.entry import Segment, sha256
 from logitcask.engine.store.log.snapshot import ScoreSegments
+from logitcask.engine.store.spans.unit import decode_span_unit
 from logitcask.engine.store.store import Store
 from logitcask.engine.store.temporary import temporary_in
 from logitcask.engine.types import Array
@@ -129,6 +136,10 @@ def read_unit(
     Raises IntegrityError.
     """
     rollouts = store.read_rollouts(rollout)
+    if has_spans(score_segments):
+        assert not base, "packs refuse a base model with scores of spans"
+        spans = store.read_span_scores(score_segments, base=rollouts)
+        return decode_span_unit(rollout.seg_id, rollouts, spans)
     base_scores = store.read_scores(base, base=rollouts) if base else None
     scores = store.read_scores(score_segments, base=rollouts)
     return decode_unit(rollout.seg_id, rollouts, scores, base_scores)

@@ -13,7 +13,7 @@ from logitcask.engine.store.format.entry import Segment
 from logitcask.engine.store.format.layouts import ranked
 from logitcask.engine.store.format.ragged import find, starts
 from logitcask.engine.store.log.snapshot import ScoreSegments, are_partial
-from logitcask.engine.types import Array, CachedScores, Rollouts
+from logitcask.engine.types import Array, CachedScores, Rollouts, Scores
 
 ROW = {
     "token": "uint32",
@@ -147,6 +147,15 @@ def is_bounded(score_segments: ScoreSegments) -> bool:
     return "entropy_upper" in schema.specs(score_segments[0].layout)
 
 
+def with_spans(part: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the arrays of a sequence with spans; those of one tokenizer are of one token each."""
+    if "span" in part:
+        return dict(part)
+    q = part["q_token_lp"]
+    spans = {"span": np.arange(len(q)), "span_q": q, "span_first_q": q}
+    return {**part, **spans, "span_tokens": np.ones(len(q), np.uint16)}
+
+
 def has_spans(score_segments: ScoreSegments) -> bool:
     """Return whether the teacher has another tokenizer, so that its scores are of spans."""
     return score_segments[0].layout in schema.SPAN_LAYOUTS
@@ -178,19 +187,9 @@ def decode_unit(
 
     Raises IncompleteError for rollouts without the student's own scores.
     """
-    student = rollouts.student
-    if student is None:
-        raise IncompleteError(
-            f"rollout segment {seg_id} has no scores of its own student",
-            hint="sample again with `logitcask rollout`, which always stores them",
-        )
-    prompts = [np.asarray(p.token_ids, np.uint32) for p in rollouts.prompts]
+    student = student_of(seg_id, rollouts)
     arrays = {
-        "token": rollouts.tokens,
-        "weight": rollouts.loss_mask,
-        "b_lp": rollouts.b_lp,
-        "s_lp": student.lp,
-        "s_entropy": student.entropy,
+        **rollout_arrays(rollouts, student),
         "q_token_lp": scores.lp,
         "q_entropy": scores.entropy,
         "q_log_tail": scores.log_tail,
@@ -204,19 +203,9 @@ def decode_unit(
         "t_ids": scores.ids,
         "t_q": scores.entry_lp,
         "t_rank": scores.rank,
-        "seq_prompt": rollouts.seq_prompt,
-        "version": rollouts.version_start,
-        "seq_off": rollouts.seq_off,
-        "prompt_off": starts(np.asarray([len(p) for p in prompts], np.int64)),
         "s_off": starts(scores.s_cnt),
         "t_off": starts(scores.cnt),
-        "prompt_tokens": np.concatenate([np.zeros(0, np.uint32), *prompts]),
     }
-    if (draws := rollouts.draws) is not None:
-        arrays |= {"mc_cnt": draws.cnt, "mc_off": starts(draws.cnt)}
-        arrays |= {"mc_ids": draws.ids, "mc_mult": draws.mult, "mc_lp": draws.lp}
-    if rollouts.reward is not None:
-        arrays["reward"] = rollouts.reward
     if scores.mult is not None:
         arrays["t_mult"] = scores.mult
     if scores.entropy_hi is not None:
@@ -229,6 +218,44 @@ def decode_unit(
         arrays["base_token_lp"] = base.lp
         arrays["s_base"] = _at(*cached, scores.s_cnt, scores.s_ids)
         arrays["t_base"] = _at(*cached, scores.cnt, scores.ids)
+    return unit_of(arrays)
+
+
+def student_of(seg_id: str, rollouts: Rollouts) -> Scores:
+    """Return the student's own scores of rollouts. Raises IncompleteError without them."""
+    if rollouts.student is None:
+        raise IncompleteError(
+            f"rollout segment {seg_id} has no scores of its own student",
+            hint="sample again with `logitcask rollout`, which always stores them",
+        )
+    return rollouts.student
+
+
+def rollout_arrays(rollouts: Rollouts, student: Scores) -> dict[str, Array]:
+    """Return the arrays of a unit that no teacher has a part in."""
+    prompts = [np.asarray(p.token_ids, np.uint32) for p in rollouts.prompts]
+    arrays = {
+        "token": rollouts.tokens,
+        "weight": rollouts.loss_mask,
+        "b_lp": rollouts.b_lp,
+        "s_lp": student.lp,
+        "s_entropy": student.entropy,
+        "seq_prompt": rollouts.seq_prompt,
+        "version": rollouts.version_start,
+        "seq_off": rollouts.seq_off,
+        "prompt_off": starts(np.asarray([len(p) for p in prompts], np.int64)),
+        "prompt_tokens": np.concatenate([np.zeros(0, np.uint32), *prompts]),
+    }
+    if (draws := rollouts.draws) is not None:
+        arrays |= {"mc_cnt": draws.cnt, "mc_off": starts(draws.cnt)}
+        arrays |= {"mc_ids": draws.ids, "mc_mult": draws.mult, "mc_lp": draws.lp}
+    if rollouts.reward is not None:
+        arrays["reward"] = rollouts.reward
+    return arrays
+
+
+def unit_of(arrays: Mapping[str, Array]) -> DecodedUnit:
+    """Return the unit of arrays, each in its dtype."""
     return DecodedUnit({name: np.ascontiguousarray(a, DTYPES[name]) for name, a in arrays.items()})
 
 
@@ -248,7 +275,7 @@ def size_of(rollout: Segment, score_segments: ScoreSegments, base: ScoreSegments
     counts = rollout.counts
     listed = sum(each.counts.get("S", 0) for each in score_segments)
     listed = listed if "S" in score_segments[0].counts else counts.get("E", 0)
-    others = sum(each.counts["E"] for each in score_segments)
+    others = sum(each.counts.get("E", 0) for each in score_segments)
     lengths = {
         **dict.fromkeys((*ROW, SCORED), counts["P"]),
         **dict.fromkeys(LISTED, listed),

@@ -14,12 +14,16 @@ import logitcask.engine.store.format.rollouts as rollouts
 import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.format.segment as segments
 import logitcask.engine.store.log.format_file as format_file
+import logitcask.engine.store.spans.arrays as spans
+from logitcask.engine.alignment.span_scores import SpanScores
 from logitcask.engine.errors import IntegrityError, StoreError
 from logitcask.engine.store.format.checks import check_cached, check_rollouts
 from logitcask.engine.store.format.entry import Segment, tokens_sha256
+from logitcask.engine.store.format.provenance import ALIGNMENT
 from logitcask.engine.store.format.rows import marks_of, merged
 from logitcask.engine.store.log.log import Log
 from logitcask.engine.store.log.snapshot import ScoreSegments, Snapshot, are_partial
+from logitcask.engine.store.spans.checks import check_structure, check_values
 from logitcask.engine.store.storage.base import Storage
 from logitcask.engine.types import Array, CachedScores, IdLists, Prompt, Rollouts
 
@@ -86,6 +90,13 @@ class Reader:
             except StoreError as error:
                 raise self._contradiction(which, error.cause) from error
             return
+        if which.layout in schema.SPAN_LAYOUTS:
+            with self._consistent(which):
+                scores = self._decode_spans(which, arrays, None)
+                if scores.rows != which.provenance[ALIGNMENT]["rows"]:
+                    raise ValueError(f"{scores.rows!r} rows, and another alignment")
+                check_values(scores)
+            return
         with self._consistent(which):
             student = self._lists_of(which, None)
             cached = self.read_scores(before) if before else None
@@ -149,9 +160,17 @@ class Reader:
         """Read a teacher's scores of one rollout segment, its extensions included.
 
         They usually need the student's lists of the rollouts, which are read from the store unless
-        `base` has the rollouts of that segment. Raises IntegrityError.
+        `base` has the rollouts of that segment. Raises IntegrityError, StoreError for scores of
+        spans.
         """
         first, cached = score_segments[0], None
+        if first.layout in schema.SPAN_LAYOUTS:
+            raise StoreError(
+                f"teacher {first.name!r} has another tokenizer than the student: its scores are of "
+                "spans, not of the student's tokens",
+                hint="train on them with an objective over spans, such as span_advantage; in "
+                "Python read them with read_span_scores",
+            )
         student = self._lists_of(first, base)
         for each in score_segments:
             with self._consistent(each):
@@ -162,6 +181,35 @@ class Reader:
         if first.layout.startswith(schema.FULL) and student is not None:
             cached = layout.split_by_student(cached, student)
         return cached
+
+    def read_span_scores(
+        self, score_segments: ScoreSegments, *, base: Rollouts | None = None
+    ) -> SpanScores:
+        """Read the scores of a teacher with another tokenizer, of one rollout segment.
+
+        base: the rollouts, if they are read. Raises IntegrityError, StoreError for other scores.
+        """
+        (first,) = score_segments
+        if first.layout not in schema.SPAN_LAYOUTS:
+            raise StoreError(
+                f"teacher {first.name!r} has the student's tokenizer: its scores are of tokens",
+                hint="read them with read_scores",
+            )
+        with self._consistent(first):
+            return self._decode_spans(first, self.read_arrays(first), base)
+
+    def _decode_spans(
+        self, which: Segment, arrays: dict[str, Array], base: Rollouts | None
+    ) -> SpanScores:
+        """Decode scores of spans and check their structure. Raises ValueError."""
+        if base is None:
+            (seq_off,) = self.read_arrays(self._base_of(which), ("response_offsets",)).values()
+        else:
+            _check_is_base(self.storage.where(which.path), which, base)
+            seq_off = base.seq_off
+        scores = spans.decode(arrays, which.layout, codecs.profile(which.profile))
+        check_structure(scores, seq_off)
+        return scores
 
     def read_marks(self, score_segments: ScoreSegments) -> Array | None:
         """Read the marks [P] bool of the scored positions, and only these; None = all."""
@@ -177,14 +225,13 @@ class Reader:
     def _lists_of(self, which: Segment, base: Rollouts | None) -> IdLists | None:
         """Return the student's lists of the rollouts of a score segment."""
         if base is not None:
-            if base.segment != which.base:
-                raise StoreError(
-                    f"{self.storage.where(which.path)}: scores of rollouts {which.base}, not of "
-                    f"{base.segment or 'rollouts outside a store'}",
-                    hint="give the scored rollouts as read from their segment",
-                )
+            _check_is_base(self.storage.where(which.path), which, base)
             student = base.student
             return None if student is None else IdLists(cnt=student.cnt, ids=student.ids)
+        return self._student_lists(self._base_of(which))
+
+    def _base_of(self, which: Segment) -> Segment:
+        """Return the rollout segment of a score segment. Raises StoreError where there is none."""
         if self.log.rollouts(which.base) is None:
             self.log.refresh()
         found = self.log.rollouts(which.base)
@@ -193,7 +240,7 @@ class Reader:
                 f"{self.url}: no rollout segment {which.base}",
                 hint="read scores with the store of their snapshot",
             )
-        return self._student_lists(found)
+        return found
 
     def _student_lists(self, rollout: Segment) -> IdLists | None:
         if "student_topk_ids" not in schema.specs(rollout.layout):
@@ -230,6 +277,15 @@ class Reader:
         return IntegrityError(
             f"{self.storage.where(which.path)}: its arrays contradict each other ({error})",
             hint=segments.RESTORE,
+        )
+
+
+def _check_is_base(where: str, which: Segment, base: Rollouts) -> None:
+    if base.segment != which.base:
+        raise StoreError(
+            f"{where}: scores of rollouts {which.base}, not of "
+            f"{base.segment or 'rollouts outside a store'}",
+            hint="give the scored rollouts as read from their segment",
         )
 
 

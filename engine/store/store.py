@@ -15,13 +15,17 @@ import logitcask.engine.store.format.rollouts as rollouts
 import logitcask.engine.store.format.schema as schema
 import logitcask.engine.store.log.claims as claims
 import logitcask.engine.store.log.format_file as format_file
+import logitcask.engine.store.spans.arrays as spans
+from logitcask.engine.alignment.span_scores import SpanScores
 from logitcask.engine.errors import StoreError
 from logitcask.engine.store.format.checks import check_rollouts, check_scores
 from logitcask.engine.store.format.entry import Segment, SegmentBody, tokens_sha256
+from logitcask.engine.store.format.provenance import ALIGNMENT, provenance_of
 from logitcask.engine.store.format.rows import lists_at
 from logitcask.engine.store.log.publish import check_name_identity
 from logitcask.engine.store.log.snapshot import ScoreSegments, are_partial
 from logitcask.engine.store.reader import Reader
+from logitcask.engine.store.spans.checks import check_structure, check_values
 from logitcask.engine.store.storage.base import Storage, open_storage
 from logitcask.engine.types import Array, IdLists, Rollouts, Scores
 
@@ -37,12 +41,16 @@ class Store(Reader):
     ) -> None:
         """Raise IdentityError where a name has another identity than this provenance.
 
-        drawn: of scores at drawn ids. A commit checks the same, but only after the work.
+        drawn: of scores at drawn ids. With an `alignment` in the provenance they are scores of
+        spans. A commit checks the same, but only after the work.
         """
         self.log.refresh()
+        which = schema.SAMPLED if drawn else ""
+        if ALIGNMENT in provenance:
+            which = spans.LAYOUT_OF[provenance[ALIGNMENT]["rows"]]
         new = Segment(
             kind=kind,
-            layout=schema.SAMPLED if drawn else "",
+            layout=which,
             profile="",
             name=name,
             unit_key="",
@@ -124,12 +132,7 @@ class Store(Reader):
         )
         if (winner := self._find_committed(new)) is not None:
             return winner
-        found = self.log.base(base.seg_id)
-        if found is None or found.tokens_sha256 != base.tokens_sha256:
-            raise StoreError(
-                f"{self.url}: no rollout segment {base.seg_id} with these tokens",
-                hint="score the rollouts of this store",
-            )
+        found = self._scored(base)
         before, positions = self.log.score_segments(name, found.seg_id), found.counts["P"]
         if not before and at is not None:
             raise StoreError(
@@ -182,6 +185,72 @@ class Store(Reader):
             tokens_sha256=found.tokens_sha256,
             counts={"N": found.counts["N"]},
         )
+
+    def commit_span_scores(
+        self,
+        scores: SpanScores,
+        *,
+        base: Segment,
+        name: str,
+        unit_key: str,
+        unit: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+        profile: str = "default",
+        seconds: float | None = None,
+    ) -> Segment:
+        """Commit the scores of a teacher with another tokenizer, of one rollout segment.
+
+        Arguments and return value as those of `commit_scores`. The provenance has `alignment`:
+        digests of the tables of both tokenizers as `student` and `teacher`, and `rows` of the
+        scores. Raises IdentityError where `name` has another teacher, other log-probs or another
+        alignment, StoreError where the scores do not fit the rollouts or cannot be written.
+        """
+        new = Segment(
+            kind=schema.SCORE,
+            layout=spans.LAYOUT_OF.get(scores.rows, ""),
+            profile=profile,
+            name=name,
+            unit_key=unit_key,
+            source=SegmentBody(unit=dict(unit), provenance=dict(provenance), seconds=seconds),
+        )
+        alignment = provenance_of(provenance, f"teacher {name!r}: provenance")[ALIGNMENT]
+        if alignment["rows"] != scores.rows or not new.layout:
+            raise StoreError(
+                f"best ids at rows {scores.rows!r} of spans, but the alignment records "
+                f"{alignment['rows']!r}; known: {', '.join(spans.LAYOUT_OF)}",
+                hint=layout.RESCORE,
+            )
+        if (winner := self._find_committed(new)) is not None:
+            return winner
+        found = self._scored(base)
+        if self.log.score_segments(name, found.seg_id):
+            raise StoreError(
+                f"teacher {name!r} has scores of rollouts {found.seg_id} already",
+                hint="use another name; scores of spans cannot be extended",
+            )
+        (seq_off,) = self.read_arrays(found, ("response_offsets",)).values()
+        try:
+            check_structure(scores, seq_off)
+            check_values(scores)
+        except ValueError as error:
+            raise StoreError(f"scores of spans: {error}", hint=layout.RESCORE) from error
+        arrays = spans.encode(scores, codecs.profile(profile))
+        return self._commit(
+            arrays,
+            new,
+            base=found.seg_id,
+            tokens_sha256=found.tokens_sha256,
+        )
+
+    def _scored(self, base: Segment) -> Segment:
+        """Return the rollout segment of this store with these tokens. Raises StoreError."""
+        found = self.log.base(base.seg_id)
+        if found is None or found.tokens_sha256 != base.tokens_sha256:
+            raise StoreError(
+                f"{self.url}: no rollout segment {base.seg_id} with these tokens",
+                hint="score the rollouts of this store",
+            )
+        return found
 
     def _check_new(self, rows: Array, positions: int, before: ScoreSegments) -> None:
         """Raise StoreError unless rows are [P] bool of `positions`, without a score in `before`."""

@@ -47,7 +47,7 @@ def check_rollouts(rollouts: Rollouts, provenance: Mapping[str, Any]) -> None:
     check_ids(rollouts.tokens, "rollouts.tokens", RESAMPLE)
     for prompt in rollouts.prompts:
         _check_prompt(prompt)
-    if fault := _log_prob_fault(_known_draws(rollouts, provenance)):
+    if fault := log_prob_fault(_known_draws(rollouts, provenance)):
         raise StoreError(f"rollouts.b_lp holds {fault}", hint=RESAMPLE)
     if (reward := rollouts.reward) is not None:
         _check_shape(reward, sequences, "rollouts.reward", RESAMPLE)
@@ -99,7 +99,7 @@ def _check_draws(draws: Draws, positions: int, n_vocab: int) -> None:
             "another, but all rows have equally many draws",
             hint=RESAMPLE,
         )
-    if fault := _log_prob_fault(draws.lp):
+    if fault := log_prob_fault(draws.lp):
         raise StoreError(f"rollouts.draws.lp holds {fault}", hint=RESAMPLE)
 
 
@@ -220,13 +220,13 @@ def _check_shape(array: Array, length: int, name: str, hint: str) -> None:
         raise StoreError(f"{name} has shape {array.shape}, not ({length},)", hint=hint)
 
 
-def _log_prob_fault(values: Array) -> str:
+def log_prob_fault(values: Array) -> str:
     """Describe an invalid log-prob, '' if there is none; -inf is valid, NaN is not."""
     highest = float(values.max(initial=-np.inf))
     return "" if highest <= _ROUNDING else f"a log-prob of {highest}"
 
 
-def _entropy_fault(values: Array) -> str:
+def entropy_fault(values: Array) -> str:
     lowest, highest = float(values.min(initial=0.0)), float(values.max(initial=0.0))
     fits = -_ROUNDING <= lowest <= highest < np.inf
     return "" if fits else f"entropies from {lowest} to {highest}"
@@ -241,7 +241,7 @@ def _bounds_fault(least: Array, most: Array | None) -> str:
 
 
 _FAULTS = {
-    "entropy": _entropy_fault,
-    **dict.fromkeys(("lp", "log_tail", "entry_lp", "at_lp", "s_lp"), _log_prob_fault),
+    "entropy": entropy_fault,
+    **dict.fromkeys(("lp", "log_tail", "entry_lp", "at_lp", "s_lp"), log_prob_fault),
 }
 """Name of an array -> function that describes its invalid values."""

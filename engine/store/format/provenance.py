@@ -16,6 +16,9 @@ tap's rollouts that were adopted also `boundaries`, the origin of the beginnings
 recorded, or after (the ids of `after` gave at least some)."""
 SAMPLER = "sampler"
 """Key of an `imported` record: the model that sampled, where it is known, as of `student`."""
+ALIGNMENT = "alignment"
+"""Key of scores of spans: `student` and `teacher`, the digests of the tables of both tokenizers,
+and `rows`, those that have the teacher's best ids."""
 _KINDS: dict[tuple[type, ...], tuple[str, tuple[str, ...]]] = {
     (dict,): ("an object", ("set", "student", "request", "backend", "run", PROMPT_RANGE, IMPORTED)),
     (list,): ("a list", ("stop_ids",)),
@@ -65,6 +68,11 @@ class Provenance(dict[str, Any]):
         if key not in self:
             raise self._lacks(f"no {key!r}")
         value = super().__getitem__(key)
+        if key == ALIGNMENT:
+            keys = ("student", "teacher", "rows")
+            if type(value) is not dict or any(type(value.get(each)) is not str for each in keys):
+                raise self._lacks(f"{key!r} without the texts {', '.join(keys)}")
+            return dict(value)
         types, kind = _TYPES.get(key, ((), ""))
         if types and type(value) not in types:
             raise self._lacks(f"{key!r} as {type(value).__name__}, not {kind}")

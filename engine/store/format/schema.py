@@ -4,7 +4,9 @@ Lengths are named by letters (`counts` of a record):
   M prompts, N sequences, P positions, T prompt tokens, J bytes of prompt_json,
   E stored entries of ragged rows (the student's top-k in a rollout segment, a teacher's in a score
   segment), D ids that the student drew, S entries of the base's student lists, R scored positions
-  of a score segment of some positions (S: of their lists).
+  of a score segment of some positions (S: of their lists),
+  Q tokens of a teacher with another tokenizer, G spans, U different ids of that teacher, B bytes of
+  these.
 
 Every name inside a segment follows from (kind, layout, counts), so no path is taken from data.
 """
@@ -12,6 +14,7 @@ Every name inside a segment follows from (kind, layout, counts), so no path is t
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 FORMAT = "logitcask"
 FORMAT_VERSION = 2
@@ -201,6 +204,22 @@ COUNTS |= {layout + REWARD: COUNTS[layout] for layout in _REWARDED}
 COUNTS |= {layout + BOUNDS: COUNTS[layout] for layout in _BOUNDED}
 COUNTS |= {layout + PARTIAL: (*COUNTS[layout], "R") for layout in _FIRST}
 """Layout -> the counts in its record."""
+
+
+@cache
+def relations(layout: str) -> tuple[tuple[str, tuple[str, ...], int], ...]:
+    """Return (count, others, most) of a layout: the count is at most `most` x the others' sum."""
+    spans = layout in SPAN_LAYOUTS
+    every = (
+        *(("R", ("P",), 1), ("S", ("P",), MAX_K), ("E", ("G" if spans else "P",), MAX_K)),
+        *(("G", ("P",), 1), ("G", ("Q",), 1), ("U", ("Q", "E"), 1), ("B", ("U",), 0xFFFF)),
+    )
+    counts = COUNTS[layout]
+    return tuple(
+        (count, tuple(other for other in others if other in counts), most)
+        for count, others, most in every
+        if count in counts
+    )
 
 
 READ_ALONE = frozenset(

@@ -16,6 +16,7 @@ from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
 from logitcask.engine.models.fingerprint import compare_records
 from logitcask.engine.models.identity import canonical
 from logitcask.engine.store.format.entry import Segment
+from logitcask.engine.store.format.provenance import ALIGNMENT
 from logitcask.engine.store.log.body import encode_body
 from logitcask.engine.store.log.format_file import now
 from logitcask.engine.store.log.log import Log
@@ -150,13 +151,25 @@ def check_name_identity(log: Log, new: Segment) -> None:
     if first is None:
         return
     _check_fingerprint(first, new)
-    drawn = new.layout.startswith(schema.SAMPLED)
-    if first.layout.startswith(schema.SAMPLED) != drawn:
-        kinds = ("drawn ids", "a teacher's best ids")
+    if (theirs := _entry_kind(first.layout)) != (ours := _entry_kind(new.layout)):
         raise IdentityError(
-            f"{what} name {new.name!r} stands for {kinds[drawn]}, not {kinds[not drawn]}",
+            f"{what} name {new.name!r} stands for {theirs}, not {ours}",
             hint="use another name for this one",
         )
+    if new.layout in schema.SPAN_LAYOUTS:
+        theirs, ours = (_provenance_value(each.provenance, (ALIGNMENT,)) for each in (first, new))
+        if theirs != ours:
+            raise IdentityError(
+                f"{what} name {new.name!r} stands for spans of alignment {theirs}, not {ours}",
+                hint="use another name for other tokenizers or other rows",
+            )
+
+
+def _entry_kind(layout: str) -> str:
+    """Describe what the scores of a layout hold; all of a name hold the same."""
+    if layout in schema.SPAN_LAYOUTS:
+        return f"scores in layout {layout!r}, of a teacher with another tokenizer"
+    return "drawn ids" if layout.startswith(schema.SAMPLED) else "a teacher's best ids"
 
 
 def check_base(log: Log, new: Segment) -> None:

@@ -249,12 +249,9 @@ def _check_counts(counts: Any, layout: str, profile_name: Any) -> int:
     for key, value in counts.items():
         require(is_count(value) and value <= schema.MAX_COUNT[key], f"{key} {value!r}")
         decoded += value * each[key]
-    rows = counts["P"]
-    require(counts.get("R", 0) <= rows, f"R {counts.get('R')} of {rows} rows")
-    for key in ("E", "S"):
-        require(
-            counts.get(key, 0) <= rows * schema.MAX_K, f"{key} {counts.get(key)} on {rows} rows"
-        )
+    for key, others, most in schema.relations(layout):
+        limit = most * sum(counts[other] for other in others)
+        require(counts[key] <= limit, f"{key} {counts[key]}, at most {limit}")
     if decoded + rounding > schema.MAX_SEGMENT_BYTES:
         # Close to the limit or beyond: count exactly.
         size = decoded_bytes(layout, codecs.profile(profile_name), counts)

@@ -22,8 +22,6 @@ _COUNT, _SHA, _ID = "(0|[1-9][0-9]{0,14})", '(sha256:[^"]{64})', '([^"]{32})'
 """Not [0-9a-f]: half of the time went into looking at each digit."""
 _HEX = b"0123456789abcdef"
 _MOST_FORMS = 256
-_OF_ROWS = (("R", 1), ("E", schema.MAX_K), ("S", schema.MAX_K))
-"""Counts that the rows bound, and the most for a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,8 @@ class _Form:
     """Bytes of the arrays for each of a count, as of `bounds`."""
     spare: int
     """Bytes of an object without arrays, at most."""
-    of_rows: list[tuple[str, int]]
+    relations: tuple[tuple[str, tuple[str, ...], int], ...]
+    """As of schema.relations."""
 
 
 class HeadParser:
@@ -89,8 +88,8 @@ class HeadParser:
             or any(map(gt, values, form.most))
         ):
             return None
-        for key, most in form.of_rows:
-            if counts[key] > counts["P"] * most:
+        for key, others, most in form.relations:
+            if counts[key] > most * sum([counts[other] for other in others]):
                 return None
         share = self._texts.setdefault
         kind, layout, profile = form.fields
@@ -128,5 +127,5 @@ def _form(kind: str, layout: str, profile: str) -> _Form:
         each=[each[name] for name in names],
         rounding=rounding,
         spare=object_limit(layout, 0),
-        of_rows=[(name, most) for name, most in _OF_ROWS if name in each],
+        relations=schema.relations(layout),
     )
