@@ -232,7 +232,7 @@ def make_targets(flat: Mapping[str, Array]) -> Targets:
     token_col = np.where(hit.any(1), hit.argmax(1) if width else 0, filled)
     every = np.arange(len(token))
     ids[every, token_col] = token
-    # The sampled token's own value is stored in full precision; entries may be rounded. It is NaN in
+    # The sampled token has a value in full precision; entries may be rounded. It is NaN in
     # a span of several tokens.
     known_lp = ~np.isnan(flat["q_token_lp"])
     q_log_p[every[known_lp], token_col[known_lp]] = flat["q_token_lp"][known_lp]
