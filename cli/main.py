@@ -32,7 +32,7 @@ OTHER_VERBS = {
     "tap": "proxy record serve",
     "train": "sft fit finetune",
     "distill": "run loop",
-    "recipe": "cold-start best-of-n reverse",
+    "recipe": "cold-start best-of-n reverse co-evolve",
     "ablate": "sweep",
     "store": "info ls show verify snapshot gc cache",
     "evaluate": "eval",

@@ -109,6 +109,28 @@ def flag_values(flags: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return values
 
 
+def flags_of(config: Section) -> list[str]:
+    """Return the words of a command line with this configuration: what `config_from_flags` reads.
+
+    Values that are the defaults are left out.
+    """
+    words = []
+    for section, content in config:
+        for key, field in type(content).model_fields.items():
+            value = getattr(content, key)
+            if value == field.get_default(call_default_factory=True):
+                continue
+            flag = _flag_of(f"{section}.{key}")
+            if isinstance(value, bool):
+                words.append(flag if value else flag.replace("--", "--no-", 1))
+            elif isinstance(value, Mapping):
+                words += [word for name in value for word in (flag, f"{name}={value[name]}")]
+            else:
+                text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                words += [flag, text]
+    return words
+
+
 def _flag_of(key: str) -> str:
     """Return the flag of a key: 'gc.keep_days' -> '--keep-days'."""
     section, name = key.split(".")[:2] if "." in key else (key, "")  # a list's place is third

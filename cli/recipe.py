@@ -15,6 +15,7 @@ from logitcask.cli.options import (
 )
 from logitcask.cli.output import print_event, print_result
 from logitcask.cli.progress import progress_bar
+from logitcask.cli.recipe_co_evolve import co_evolve_command
 from logitcask.cli.recipe_named import NAMED
 from logitcask.engine.config.parse.toml import read_toml, to_toml
 from logitcask.engine.config.recipes import (
@@ -163,8 +164,7 @@ def prompts_command(file: Path, form: str, dry_run: bool, **flags: Any) -> None:
     print_result(report, form)
 
 
-for _command in NAMED:
-    recipe_command.add_command(_command)
+recipe_command.add_command(co_evolve_command)
 
 
 @recipe_command.command("reverse")

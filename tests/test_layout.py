@@ -110,6 +110,7 @@ VERBS = [
         "recipe cold-start",
         "recipe best-of-n",
         "recipe prompts",
+        "recipe co-evolve",
         "store verify",
         "store gc",
         "store estimate",

@@ -418,6 +418,20 @@ RECIPES = [
         "http://a:1: the weights behind a server",
         "teacher.model=FOLDER",
     ),
+    Case(
+        "a second student that only answers",
+        "recipe co-evolve @d.toml --set teacher.model=http://a:1",
+        2,
+        "both students are trained here",
+        "teacher.model=FOLDER",
+    ),
+    Case(
+        "more prompts than there are",
+        "recipe co-evolve @d.toml --set loop.prompts_per_round=99",
+        2,
+        "loop.prompts_per_round = 99: the file has 8",
+        "8 or less",
+    ),
     Case("a file of others", "recipe reverse @d.toml --out @p.jsonl", 2, "other cont", "remove"),
 ]
 

@@ -1,0 +1,1 @@
+"""Two students that score each other's responses, in rounds."""
