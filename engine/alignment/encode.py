@@ -1,6 +1,7 @@
 """Ids of a tokenizer that spell given bytes exactly."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,17 @@ from tokenizers import Tokenizer
 from logitcask.engine.alignment.token_bytes import TokenBytes, token_bytes
 from logitcask.engine.errors import UnitError
 from logitcask.engine.types import Array
+
+SEAM_BYTES = 1024
+"""Bytes before a continuation that are encoded with it. No token reaches so far back, so that the
+ids behind the seam are those of the whole text, and a long prompt is not encoded once a response.
+"""
+_ANCHORS = ("\n", ".", "x")
+"""Texts before a piece of a text, for tokenizers that write a space before all that they encode."""
+_WORD = re.compile(r"(?<=\S)(?=\s)")
+"""Between two words: most tokenizers have no token over it."""
+_Spelled = tuple[list[int], list[bool]]
+"""Ids, and whether each is patched."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,81 +53,131 @@ class ByteEncoder:
         copied.no_padding()
         copied.encode_special_tokens = True
         self._tokenizer = copied
+        self._anchors = [
+            (anchor, ids)
+            for anchor in (_ANCHORS if self.table.lead else ())
+            if self.table.spell(ids := self._encode(anchor)).endswith(anchor.encode())
+        ]
 
     def encode(self, text: bytes, what: str = "the text") -> Encoded:
         """Return ids whose bytes are `lead` and then `text`.
 
         Whole characters are encoded by the tokenizer. Where its ids spell something else, because
-        it normalises the text or has no token for a character, the run is halved until they do;
-        single bytes are the last resort, and all that there is for bytes that are no characters.
+        it normalises the text or has no token for a character, the run is divided, between words
+        as long as there are some, until they do; single bytes are the last resort, and all that
+        there is for bytes that are no characters. The ids of divided words are patched.
         what: name of the text in messages. Raises UnitError for bytes that it cannot spell.
         """
+        found = self._spelled(text, begins=True)
+        return self._refuse(text, what) if found is None else found
+
+    def encode_continuation(self, before: bytes, text: bytes, what: str = "the text") -> Encoded:
+        """Return the ids of `text` behind `before`, without a lead: no byte is lost.
+
+        The two are encoded as one, so that the ids are as the model knows them. Where a token
+        would have bytes of both, or more of these ids would be patched, `text` is encoded alone,
+        and its first id is patched. Raises as `encode`.
+        """
+        if not text:
+            return Encoded(ids=np.zeros(0, np.int64), patched=np.zeros(0, bool), lead=0)
+        seam = _whole_characters(before[-SEAM_BYTES:])
+        both, found = self._spelled(seam + text, begins=True), []
+        if both is not None:
+            ends = np.cumsum(np.maximum(self.table.lengths[both.ids], 0)) - both.lead
+            first = int(np.searchsorted(ends, len(seam), side="right"))
+            # Not the lead of a text without anything before it: the model has begun before.
+            if (int(ends[first - 1]) == len(seam)) if first else not (seam or both.lead):
+                found = [Encoded(ids=both.ids[first:], patched=both.patched[first:], lead=0)]
+        if not found or found[0].patched.any():
+            alone = self._spelled(text, begins=False)
+            if alone is not None:
+                alone.patched[0] = True
+                found.append(alone)
+        if not found:
+            return self._refuse(text, what)
+        return min(found, key=lambda each: int(each.patched.sum()))
+
+    def _spelled(self, text: bytes, *, begins: bool) -> Encoded | None:
+        """Return the ids of a text, None where it has none. begins: it may have a lead."""
         ids: list[int] = []
         patched: list[bool] = []
         lead = 0
         for whole, run in utf8_runs(text):
-            usual = self._encode(run.decode()) if whole else []
-            spelled = self.table.spell(usual)
-            begin = self.table.lead if not ids else b""
-            if whole and spelled in (run, begin + run):
-                lead += len(spelled) - len(run)
-                ids += usual
-                patched += [False] * len(usual)
-                continue
-            found = self._halved(run.decode()) if whole else self._bytes(run)
+            if begins and whole and not ids:
+                usual = self._encode(run.decode())
+                spelled = self.table.spell(usual)
+                if spelled in (run, self.table.lead + run):
+                    lead = len(spelled) - len(run)
+                    ids, patched = usual, [False] * len(usual)
+                    continue
+            found = self._divided(run.decode()) if whole else self._bytes(run)
             if found is None:
-                raise UnitError(
-                    f"{what}: no ids of this tokenizer spell {self._unknown(whole, run)!r}",
-                    hint="leave this text out, or take a model whose tokenizer has all bytes",
-                )
-            ids += found
-            patched += [True] * len(found)
+                return None
+            ids = ids + found[0]
+            patched = patched + found[1]
         return Encoded(ids=np.array(ids, np.int64), patched=np.array(patched, bool), lead=lead)
-
-    def encode_continuation(
-        self, before: bytes, text: bytes, what: str = "the text"
-    ) -> tuple[Encoded, int]:
-        """Return the ids of `text` behind `before`, and the bytes at its begin that they lack.
-
-        The two are encoded as one, so that the seam is as the model knows it. A token that has
-        bytes of both is left out: its bytes of `text` are counted, and no span has them.
-        """
-        both = self.encode(before + text, what)
-        ends = np.cumsum(np.maximum(self.table.lengths[both.ids], 0)) - both.lead
-        first = int(np.searchsorted(ends, len(before), side="right"))
-        begin = int(ends[first - 1]) if first else 0
-        lost = 0
-        if begin < len(before):  # the token at `first` has bytes of both
-            lost = int(ends[first]) - len(before) if first < len(ends) else 0
-            first += 1
-        found = Encoded(
-            ids=both.ids[first:], patched=both.patched[first:], lead=0 if first else both.lead
-        )
-        return found, lost
 
     def _encode(self, text: str) -> list[int]:
         found: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return found
 
-    def _halved(self, text: str) -> list[int] | None:
+    def _exact(self, text: str) -> list[int] | None:
+        """Return the ids of a piece inside a text that spell it, as the tokenizer chooses them."""
+        spelled = text.encode()
         found = self._encode(text)
-        if self.table.spell(found) == text.encode():
+        if self.table.spell(found) == spelled:
             return found
+        for anchor, ids in self._anchors:
+            found = self._encode(anchor + text)
+            if found[: len(ids)] == ids and self.table.spell(found[len(ids) :]) == spelled:
+                return found[len(ids) :]
+        return None
+
+    def _divided(self, text: str, *, words: bool = True) -> _Spelled | None:
+        """Return the ids of a piece, divided where the tokenizer spells it otherwise.
+
+        words: it was not divided inside a word.
+        """
+        found = self._exact(text)
+        if found is not None:
+            return found, [not words] * len(found)
         if len(text) == 1:
             return self._bytes(text.encode())
-        left = self._halved(text[: len(text) // 2])
-        right = self._halved(text[len(text) // 2 :])
-        return None if left is None or right is None else left + right
+        middle = len(text) // 2
+        cuts = [each.start() for each in _WORD.finditer(text)]
+        cut = min(cuts, key=lambda each: abs(each - middle), default=middle)
+        left = self._divided(text[:cut], words=words and bool(cuts))
+        right = None if left is None else self._divided(text[cut:], words=words and bool(cuts))
+        if left is None or right is None:
+            return None
+        return left[0] + right[0], left[1] + right[1]
 
-    def _unknown(self, whole: bool, run: bytes) -> str | bytes:
-        """Return the first character, or the first byte, that has no ids."""
-        if whole:
-            return next(char for char in run.decode() if self._halved(char) is None)
-        return next(run[i : i + 1] for i, byte in enumerate(run) if byte not in self.table.single)
-
-    def _bytes(self, run: bytes) -> list[int] | None:
+    def _bytes(self, run: bytes) -> _Spelled | None:
         found = [self.table.single.get(byte) for byte in run]
-        return None if None in found else [each for each in found if each is not None]
+        known = [each for each in found if each is not None]
+        return (known, [True] * len(known)) if len(known) == len(run) else None
+
+    def _refuse(self, text: bytes, what: str) -> Encoded:
+        """Raise UnitError with the first character, or the first byte, that has no ids."""
+        unknown: str | bytes = b""
+        for whole, run in utf8_runs(text):
+            parts = [*run.decode()] if whole else [run[i : i + 1] for i in range(len(run))]
+            for part in parts:
+                spelled = self._divided(part) if isinstance(part, str) else self._bytes(part)
+                if spelled is None and not unknown:
+                    unknown = part
+        raise UnitError(
+            f"{what}: no ids of this tokenizer spell {unknown!r}",
+            hint="leave this text out, or take a model whose tokenizer has all bytes",
+        )
+
+
+def _whole_characters(text: bytes) -> bytes:
+    """Return a cut text without the rest of a character at its begin."""
+    start = 0
+    while start < min(3, len(text)) and text[start] & 0xC0 == 0x80:
+        start += 1
+    return text[start:]
 
 
 def utf8_runs(text: bytes) -> Iterator[tuple[bool, bytes]]:

@@ -195,15 +195,47 @@ def test_what_cannot_be_spelled_is_refused_by_name() -> None:
         encoder_of("wordpiece").encode(b"return x+12")
 
 
-@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "prefixed"])
+@pytest.mark.parametrize("kind", ["byte-level", "nfc", "sentencepiece", "prefixed"])
 @given(before=BYTES, text=BYTES)
-def test_a_continuation_is_cut_at_the_seam(kind: str, before: bytes, text: bytes) -> None:
+def test_a_continuation_has_all_bytes_and_no_lead(kind: str, before: bytes, text: bytes) -> None:
     encoder = encoder_of(kind)
-    found, lost = encoder.encode_continuation(before, text)
-    spelled = encoder.table.spell(found.ids.tolist())
-    assert spelled == encoder.table.lead[: found.lead] + text[lost:]
-    whole = encoder.encode(before + text)
-    assert found.ids.tolist() == whole.ids[len(whole.ids) - len(found.ids) :].tolist()
+    found = encoder.encode_continuation(before, text)
+    assert encoder.table.spell(found.ids.tolist()) == text
+    assert found.lead == 0
+    if not found.patched.any():
+        whole = encoder.encode(before + text).ids.tolist()
+        assert whole[len(whole) - len(found.ids) :] == found.ids.tolist()
+
+
+def test_a_continuation_is_as_in_the_whole_text_or_patched() -> None:
+    for kind in ("byte-level", "sentencepiece", "prefixed"):
+        encoder = encoder_of(kind)
+        whole = encoder.encode(b"the student reads").ids.tolist()
+        found = encoder.encode_continuation(b"the student", b" reads")
+        assert found.ids.tolist() == whole[-len(found.ids) :]
+        assert not found.patched.any()
+        # A token of the whole text has bytes of both sides of this seam.
+        cut = encoder.encode_continuation(b"the student", b"the"[1:])
+        assert encoder.table.spell(cut.ids.tolist()) == b"he"
+        inside = encoder.encode_continuation(b"the stud", b"ent reads")
+        assert encoder.table.spell(inside.ids.tolist()) == b"ent reads"
+        assert inside.patched.tolist() == [True] + [False] * (len(inside.ids) - 1)
+    # Without anything before it, a text would begin with a space.
+    found = encoder_of("prefixed").encode_continuation(b"", b"reads")
+    assert encoder_of("prefixed").table.spell(found.ids.tolist()) == b"reads"
+
+
+def test_only_words_that_are_divided_are_patched() -> None:
+    encoder = encoder_of("nfc")
+    text = "the student e\u0301 reads the text".encode()
+    found = encoder.encode(text)
+    patched = [encoder.table.pieces[i] for i in found.ids[found.patched].tolist()]
+    assert b"".join(each or b"" for each in patched) == " e\u0301".encode()
+    # Words of a tokenizer that begins each text with a space are tokens behind broken bytes too.
+    prefixed = encoder_of("prefixed")
+    found = prefixed.encode(b"\xff the student")
+    assert found.patched.tolist() == [True] + [False] * (len(found.ids) - 1)
+    assert len(found.ids) < 6
 
 
 # --- comparison ---
