@@ -161,8 +161,11 @@ def _claim(config: RunConfig) -> None:
     """Record the settings in OUT, or compare them with those that are there."""
     place = config.run.out / SETTINGS
     # Without defaults, so that a key of a later version changes nothing; without the machine.
-    left_out = {"loop": {"rounds"}, "run": {"device", "batch_tokens", "backend"}, "work": True}
-    ours = config.model_dump(mode="json", exclude_defaults=True, exclude=left_out)
+    ours = config.model_dump(
+        mode="json",
+        exclude_defaults=True,
+        exclude={"loop": {"rounds"}, "run": {"device", "batch_tokens", "backend"}, "work": True},
+    )
     if place.exists():
         hint = "give the same settings, or another run.out and store.rollouts"
         check_same(config.run.out, read_json(place, hint=hint), ours, hint=hint)
