@@ -1,9 +1,9 @@
-"""Generator of the golden stores: golden_v2.tar.xz with every layout and profile of its time. An
-existing file stays.
+"""Generator of the golden stores: golden_v2.tar.xz with every layout and profile of its time, and a
+file for the layouts of later ones. An existing file stays.
 
     python -m tests.engine.store.golden        (in the repository's root)
 
-It is committed, and never made again for a released format version, because later versions must
+They are committed, and never made again for a released format version, because later versions must
 read the stores of users. Next to each store NAME is NAME.json, the digests of its decoded segments.
 Those of format 1, golden_v1*.tar.xz, are what `store upgrade` is tested with.
 """
@@ -12,12 +12,14 @@ import hashlib
 import json
 import tarfile
 import tempfile
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 
+from logitcask.engine.alignment.span_scores import ENDS, NONE, STARTS
 from logitcask.engine.store import Store, extend, open_store
+from logitcask.engine.store.decoded_unit import has_spans
 from logitcask.engine.store.format.codecs import PROFILES
 from logitcask.engine.store.format.layouts import ranked
 from logitcask.engine.store.format.rows import scores_at
@@ -30,9 +32,10 @@ from tests.engine.store.made import (
     make_rollouts,
     make_scores,
 )
+from tests.engine.store.made_spans import commit_span_scores
 from tests.engine.store.test_extend import teacher_of
 
-FILE = Path(__file__).with_name("golden_v2.tar.xz")
+FOLDER = Path(__file__).parent
 
 
 def digests(store: Store) -> dict[str, str]:
@@ -58,6 +61,12 @@ def digests(store: Store) -> dict[str, str]:
     for name in snapshot.names("score"):
         for score_segments in snapshot.scores(name).values():
             for end in range(1, len(score_segments) + 1):
+                if has_spans(score_segments):
+                    of = store.read_span_scores(score_segments)
+                    values = [getattr(of, each.name) for each in fields(of)]
+                    parts = [x.tobytes() if isinstance(x, np.ndarray) else x for x in values]
+                    found[score_segments[0].seg_id] = sha(*parts)
+                    continue
                 s = store.read_scores(score_segments[:end])
                 u = ranked(s)
                 arrays = [s.lp, s.entropy, s.log_tail, s.kept, s.s_ids, u.cnt, u.ids, u.lp]
@@ -156,30 +165,44 @@ def fill_rows(path: Path) -> Store:
     return store
 
 
+def fill_spans(path: Path) -> Store:
+    store = open_store(path, create=True)
+    for seed, profile in enumerate(PROFILES, 1):
+        base = commit_rollouts(store, seed, student=True, profile=profile)
+        for rows in (NONE, STARTS, ENDS):
+            commit_span_scores(store, base, seed, rows, profile=profile)
+    commit_span_scores(store, commit_rollouts(store, 11), 11)
+    return store
+
+
 def with_mult(scores: Scores, drawn: list[int]) -> Scores:
     return replace(scores, mult=np.asarray(drawn, np.uint16))
 
 
-FILLS = {
-    "first": fill,
-    "mc": fill_mc,
-    "reward": fill_reward,
-    "bounds": fill_bounds,
-    "rows": fill_rows,
+FILES = {
+    FOLDER / "golden_v2.tar.xz": {
+        "first": fill,
+        "mc": fill_mc,
+        "reward": fill_reward,
+        "bounds": fill_bounds,
+        "rows": fill_rows,
+    },
+    FOLDER / "golden_v2_spans.tar.xz": {"spans": fill_spans},
 }
 
 
 def main() -> None:
-    if FILE.exists():
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        for name, make in FILLS.items():
-            store = make(Path(folder) / name)
-            (Path(folder) / f"{name}.json").write_text(json.dumps(digests(store), indent=1))
-        with tarfile.open(FILE, "w:xz", preset=9) as packed:
-            for each in sorted(Path(folder).iterdir()):
-                packed.add(each, each.name)
-    print(FILE, FILE.stat().st_size)
+    for file, fills in FILES.items():
+        if file.exists():
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            for name, make in fills.items():
+                store = make(Path(folder) / name)
+                (Path(folder) / f"{name}.json").write_text(json.dumps(digests(store), indent=1))
+            with tarfile.open(file, "w:xz", preset=9) as packed:
+                for each in sorted(Path(folder).iterdir()):
+                    packed.add(each, each.name)
+        print(file, file.stat().st_size)
 
 
 if __name__ == "__main__":
