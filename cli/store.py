@@ -57,7 +57,8 @@ def ls(url: str, form: str) -> None:
     that the student drew too (`mc`); `+reward` with a grader's rewards. A teacher's first scores
     without the student's ids twice (`dedup`), its own list alone (`full`), or drawn ids
     (`sampled`); `+bounds` of a teacher that returned only top-k log-probs, `+rows` of some
-    positions. Later entries for the same rows are an `extension`.
+    positions. Later entries for the same rows are an `extension`. `spans` are of a teacher with
+    another tokenizer; `+starts` and `+ends` have its best ids at one row of each span.
 
     Example: logitcask store ls ./store
     """
@@ -192,7 +193,8 @@ def _add_text(found: dict[str, Any], name: str | None) -> None:
     for row in found["rows"]:
         row["text"] = tokenizer.decode([row["token"]])
         for entry in row.get("teacher_top", []):
-            entry["text"] = tokenizer.decode([entry["id"]])
+            if "text" not in entry:  # a teacher with another tokenizer has the text of its own
+                entry["text"] = tokenizer.decode([entry["id"]])
 
 
 def _for_table(row: dict[str, Any]) -> dict[str, Any]:
@@ -203,6 +205,8 @@ def _for_table(row: dict[str, Any]) -> dict[str, Any]:
         cells["token"] = f"{row['token']} {row['text']!r}"
     if (most := row.get("teacher_entropy_hi")) is not None:
         cells["teacher_entropy"] = f"{row['teacher_entropy']:.4g}-{most:.4g}"
+    if (spelled := row.get("teacher_tokens")) is not None:
+        cells["teacher_tokens"] = [repr(each["text"]) for each in spelled]
     if "teacher_top" in row:
         cells["teacher_top"] = [
             f"{e['text']!r}:{e['lp']:.3f}" if "text" in e else f"{e['id']}:{e['lp']:.3f}"

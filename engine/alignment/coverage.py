@@ -23,6 +23,9 @@ from logitcask.engine.alignment.span_scores import (
 )
 from logitcask.engine.types import Array
 
+SPAN_KINDS = ("1:1", "n:1", "1:m", "n:m")
+"""Tokens of the student to tokens of the teacher, in the order of SpanCoverage.kinds."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpanCoverage:
@@ -52,6 +55,11 @@ class SpanCoverage:
     """Sum over the rows of the mass at ids without a twin."""
     tail_mass: float = 0.0
     """Sum over the rows of the mass outside of all entries."""
+
+    @property
+    def kinds(self) -> tuple[int, int, int, int]:
+        """Return the spans of each of SPAN_KINDS."""
+        return self.one_to_one, self.many_to_one, self.one_to_many, self.many_to_many
 
     def __add__(self, other: "SpanCoverage") -> "SpanCoverage":
         """Add the sums of two sets of responses."""
@@ -109,13 +117,8 @@ def _widths(marks: Array) -> Array:
 def describe(coverage: SpanCoverage) -> Mapping[str, str]:
     """Return name -> text, one for each word of the report."""
     of, spans = coverage, max(1, coverage.spans)
-    kinds = {
-        "1:1": of.one_to_one,
-        "n:1": of.many_to_one,
-        "1:m": of.one_to_many,
-        "n:m": of.many_to_many,
-    }
-    aligned = ", ".join(f"{name} {count / spans:.1%}" for name, count in kinds.items())
+    kinds = zip(SPAN_KINDS, of.kinds, strict=True)
+    aligned = ", ".join(f"{name} {count / spans:.1%}" for name, count in kinds)
     covered = of.bytes_in_spans / of.bytes if of.bytes else 1.0
     return {
         "spans": f"{of.spans:,}, of {of.student_tokens:,} tokens of the student and "

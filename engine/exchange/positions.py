@@ -17,6 +17,7 @@ from logitcask.engine.store import ScoreSegments, Segment, Snapshot, Store
 from logitcask.engine.store.format.layouts import ranked
 from logitcask.engine.store.format.ragged import find, matrix, starts
 from logitcask.engine.store.inspect import choose, choose_teacher
+from logitcask.engine.store.spans.views import check_tokens
 from logitcask.engine.types import LENGTH, STOP, Array, CachedScores, Rollouts, Scores
 
 ROWS = 32_768
@@ -91,15 +92,22 @@ class Selection:
 
 
 def select(
-    snapshot: Snapshot, *, rollouts: str | None = None, teacher: str | None = None
+    snapshot: Snapshot,
+    *,
+    rollouts: str | None = None,
+    teacher: str | None = None,
+    spans: bool = False,
 ) -> Selection:
     """Choose rollouts and a teacher by name; each may be None where there is one.
 
-    Raises ConfigError for an unknown or ambiguous name, IncompleteError without rollouts.
+    spans: a teacher with another tokenizer is right too. Raises ConfigError for an unknown or
+    ambiguous name, and for such a teacher otherwise; IncompleteError without rollouts.
     """
     name = choose(snapshot.names("rollout"), rollouts, what="rollouts")
     scored = teacher is not None or bool(snapshot.names("score"))
     chosen = choose_teacher(snapshot, teacher) if scored else None
+    if chosen is not None and not spans:
+        check_tokens(snapshot, chosen)
     scores = {} if chosen is None else snapshot.scores(chosen)
     segments = tuple((each, scores.get(each.seg_id, ())) for each in snapshot.rollouts(name))
     sequences = [each.counts["N"] for each, _ in segments]

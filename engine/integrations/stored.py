@@ -8,6 +8,7 @@ from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.store import open_store
 from logitcask.engine.store.inspect import choose, choose_teacher
+from logitcask.engine.store.spans.views import check_tokens
 from logitcask.engine.types import Array
 
 
@@ -17,12 +18,14 @@ def open_stored(
     """Return the source of a store's packs, and [n, 2] (unit, sequence) of all responses.
 
     store: folder or URL. rollouts, teacher: names, which may be None where the store has one.
-    snapshot: log number or tag; None = the newest. Raises as `choose` and PackSource do.
+    snapshot: log number or tag; None = the newest. Raises as `choose`, check_tokens and PackSource.
     """
     opened = open_store(store)
     at = opened.head() if snapshot is None else opened.snapshot(snapshot)
     rollouts = choose(at.names("rollout"), rollouts, what="rollouts")
-    source = PackSource(opened, at, rollouts, choose_teacher(at, teacher))
+    teacher = choose_teacher(at, teacher)
+    check_tokens(at, teacher)
+    source = PackSource(opened, at, rollouts, teacher)
     members = [
         (unit, sequence)
         for unit, lengths in enumerate(source.lengths())

@@ -2,7 +2,8 @@
 
     r = 1/T sum_t [log q(y_t) - log p(y_t)]          nats a token (Sec. 6.2 of the paper)
 
-over the T tokens of a response that count in a loss; p is the student that sampled, as stored.
+over the T tokens of a response that count in a loss; p is the student that sampled, as stored. A
+teacher with another tokenizer has log q of spans, whose sum over a response is the same quantity.
 The area under the ROC curve is the probability that a correct response has a larger r than an
 incorrect one, ties as one half. In the paper (Fig. 14) it is 0.73 for a teacher that helped and
 0.75 for one that did not: such a reward is not sufficient.
@@ -15,10 +16,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from logitcask.engine.alignment.span_scores import END, SpanScores
 from logitcask.engine.errors import ConfigError, IncompleteError
 from logitcask.engine.events import counted
 from logitcask.engine.exchange.positions import select
 from logitcask.engine.store import Snapshot, Store
+from logitcask.engine.store.decoded_unit import has_spans
+from logitcask.engine.store.spans.checks import span_of
 from logitcask.engine.types import Array
 
 
@@ -59,7 +63,7 @@ def sequence_rewards(
 
     Raises as `select`, and IncompleteError without scores, rewards or the student's log-probs.
     """
-    selection = select(snapshot, rollouts=rollouts, teacher=teacher)
+    selection = select(snapshot, rollouts=rollouts, teacher=teacher, spans=True)
     means, rewards, prompts = list[Array](), list[Array](), list[Array]()
     number_of: dict[str, int] = {}
     pairs = selection.segments
@@ -77,12 +81,16 @@ def sequence_rewards(
                 else ("log-probs of the student", "import them with a student that scores them")
             )
             raise IncompleteError(f"rollouts {selection.rollouts!r} have no {what}", hint=hint)
-        scores = store.read_scores(score_segments, base=data)
         lengths = data.lengths()
         sequence = np.repeat(np.arange(len(lengths)), lengths)
         counts = data.loss_mask != 0
-        known = counts if scores.scored is None else counts & scores.scored
-        gap = np.where(known, scores.lp.astype(np.float64) - data.student.lp, 0.0)
+        if has_spans(score_segments):
+            spans = store.read_span_scores(score_segments, base=data)
+            gap, known = _of_spans(spans, data.student.lp, counts)
+        else:
+            scores = store.read_scores(score_segments, base=data)
+            known = counts if scores.scored is None else counts & scores.scored
+            gap = np.where(known, scores.lp.astype(np.float64) - data.student.lp, 0.0)
         total, count, scored = (
             np.bincount(sequence, weights, len(lengths)) for weights in (gap, counts, known)
         )
@@ -98,6 +106,22 @@ def sequence_rewards(
         prompt=np.concatenate(prompts),
         left_out=sum(segment.counts["N"] for segment, _ in selection.segments) - len(mean),
     )
+
+
+def _of_spans(scores: SpanScores, lp: Array, counts: Array) -> tuple[Array, Array]:
+    """Return [P] log q - log p of the span that each token ends, else 0, and [P] bool: it has one.
+
+    lp: [P] of the student's tokens; counts: [P] bool. A span with a token that does not count has
+    no value.
+    """
+    own, of = span_of(scores.student_marks), span_of(scores.marks)
+    of_q, of_p, left_out = (
+        np.bincount(span[span >= 0], values[span >= 0].astype(np.float64), scores.spans)
+        for span, values in ((of, scores.log_probs), (own, lp), (own, ~counts))
+    )
+    gap = np.zeros(len(lp))
+    gap[(scores.student_marks & END) != 0] = np.where(left_out > 0, 0.0, of_q - of_p)
+    return gap, (own >= 0) & ~np.append(left_out > 0, True)[own]
 
 
 def reward_report(found: SequenceRewards, *, correct_from: float) -> RewardReport:

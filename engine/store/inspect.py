@@ -6,13 +6,17 @@ from typing import Any
 import numpy as np
 
 import logitcask.engine.store.format.schema as schema
+from logitcask.engine.alignment.by_sequence import spans_of
+from logitcask.engine.alignment.coverage import describe
 from logitcask.engine.errors import ConfigError, IncompleteError, StoreError
 from logitcask.engine.events import counted
+from logitcask.engine.store.decoded_unit import has_spans
 from logitcask.engine.store.format.entry import Segment
 from logitcask.engine.store.format.layouts import kept_lists
 from logitcask.engine.store.format.ragged import starts
 from logitcask.engine.store.log.claims import failed_units
 from logitcask.engine.store.log.snapshot import Snapshot
+from logitcask.engine.store.spans.views import add_spans, span_coverage
 from logitcask.engine.store.store import Store
 from logitcask.engine.types import LENGTH, STOP, Array
 
@@ -34,6 +38,7 @@ def summary(store: Store) -> dict[str, Any]:
         "failed_units": len(failed_units(store.storage).keys() - snapshot.unit_keys()),
         "sequences": sum(s.counts["N"] for s in rollouts),
         "mean_reward": _mean_rewards(store, rollouts),
+        **_span_words(store, snapshot),
         "positions": positions,
         "bytes": committed_bytes(snapshot.segments),
         "bytes_per_position": bytes_per_position(snapshot),
@@ -48,6 +53,14 @@ def _mean_rewards(store: Store, rollouts: Iterable[Segment]) -> dict[str, float]
         if (reward := rewards_of(store, segment)) is not None and len(reward):
             found.setdefault(segment.name, []).append(reward)
     return {name: float(np.concatenate(each).mean(dtype=float)) for name, each in found.items()}
+
+
+def _span_words(store: Store, snapshot: Snapshot) -> dict[str, Any]:
+    words = {}
+    for name, (sums, whole) in span_coverage(store, snapshot).items():
+        some = "" if whole else " (of some evenly chosen segments)"
+        words[name] = {each: text + some for each, text in describe(sums).items()}
+    return {"spans": words} if words else {}
 
 
 def rewards_of(store: Store, segment: Segment) -> Array | None:
@@ -173,7 +186,9 @@ def show_sequence(
 
     Log-probs and entropies are in nats. Where a teacher's entropy is an interval, `teacher_entropy`
     is its lower and `teacher_entropy_hi` its upper bound. Positions that the teacher has not scored
-    have no values of it, and `scored_positions` counts the others.
+    have no values of it, and `scored_positions` counts the others. Of a teacher with another
+    tokenizer the values are those of a span, at its first row: the log-prob of all its tokens,
+    and `teacher_tokens`; entropy and ids are at the row that has them.
 
     Raises ConfigError if a name is unknown or ambiguous or there is no such sequence, and
     IncompleteError if there are no rollouts.
@@ -183,14 +198,16 @@ def show_sequence(
     segment, index = _locate(snapshot, name, sequence)
     data = store.read_rollouts(segment)
     student = data.student
-    scores = None
+    scores, spans = None, None
+    start, end = int(data.seq_off[index]), int(data.seq_off[index + 1])
     if snapshot.names("score"):
         found = snapshot.scores(choose_teacher(snapshot, teacher)).get(segment.seg_id)
-        if found is not None:
+        if found is not None and has_spans(found):
+            spans = spans_of(store.read_span_scores(found), index, slice(start, end))
+        elif found is not None:
             scores = store.read_scores(found, base=data)
             ids, lp = kept_lists(scores)
             first, most = starts(scores.kept), scores.entropy_hi
-    start, end = int(data.seq_off[index]), int(data.seq_off[index + 1])
     masked = not data.loss_mask[start:end].all()
     table = []
     for r in range(start, end):
@@ -213,6 +230,8 @@ def show_sequence(
                 "teacher_top": [{"id": int(ids[e]), "lp": float(lp[e])} for e in entries],
             }
         table.append(row)
+    if spans is not None:
+        add_spans(table, spans, top)
     prompt, finish = data.prompts[int(data.seq_prompt[index])], int(data.finish[index])
     of = dict(segment.provenance).get("student")
     of = of if isinstance(of, dict) else {}

@@ -40,6 +40,7 @@ from logitcask.engine.probes.topk.regions import RELEASED, RegionReport, region_
 from logitcask.engine.probes.topk.sample import measure_estimators, sample_rows
 from logitcask.engine.store import Snapshot, Store, open_store
 from logitcask.engine.store.inspect import choose_teacher
+from logitcask.engine.store.spans.views import check_tokens
 from logitcask.engine.training.cache_info import cache_info
 from logitcask.engine.training.evaluation.versions import published
 from logitcask.engine.types import ModelRef, Progress, no_progress, stage_named
@@ -169,6 +170,7 @@ def _open(store: StoreSection, chosen: StoredScores, figure: Path | None) -> _Op
     opened = open_store(store.url)
     snapshot = snapshot_of(opened, chosen.snapshot)
     teacher = choose_teacher(snapshot, chosen.teacher)
+    check_tokens(snapshot, teacher)
     source = PackSource(opened, snapshot, store.rollouts, teacher)
     cache = cache_info(None, source, allow_off_lineage=True)
     return _Opened(store=opened, snapshot=snapshot, source=source, cache=cache)

@@ -1,4 +1,4 @@
-"""Section of the store: what it holds, and which arrays have its bytes.
+"""Section of the store: its contents, the spans of other tokenizers, and the bytes of its arrays.
 
 The sizes of whole segments come from the log. Those of arrays are read from the objects, so of a
 large store some evenly chosen segments stand for all.
@@ -9,8 +9,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import numpy as np
-
+from logitcask.engine.alignment.coverage import SPAN_KINDS, describe
 from logitcask.engine.errors import LogitcaskError
 from logitcask.engine.report.panels import Absent, Axis, Bar, Bars, Panel, Section, Table
 from logitcask.engine.report.runs import RunFacts
@@ -23,6 +22,7 @@ from logitcask.engine.store.inspect import (
     segment_rows,
 )
 from logitcask.engine.store.log.claims import failed_units
+from logitcask.engine.store.spans.views import evenly, span_coverage
 
 MOST_BYTES = 64 * 2**20
 """Of objects that are read for the sizes of arrays, of each kind."""
@@ -57,6 +57,7 @@ def store_section(runs: Sequence[RunFacts], *, most: int = MOST_BYTES) -> Sectio
         parts: dict[str, Callable[[], list[Panel]]] = {
             "Totals": lambda: [_totals(list(stores.values()))],
             "Rollouts and teachers": lambda: [_names(snapshot)],
+            "Teachers with another tokenizer": lambda: _spans(store, snapshot),
             "Bytes by array": lambda: _arrays(store, snapshot, most),
             "Newest segments": lambda: [_segments(store, snapshot)],
         }
@@ -90,7 +91,7 @@ def _total(store: Store, snapshot: Snapshot) -> dict[str, str | float]:
     # Each unit with notes that no segment has made good.
     failed = failed_units(store.storage).keys() - snapshot.unit_keys()
     shared = sum(s.counts.get("S", 0) for s in scores)
-    listed = shared + sum(s.counts["E"] for s in scores)
+    listed = shared + sum(s.counts.get("E", 0) for s in scores)
     return {
         "place": store.url,
         "id": store.uuid,
@@ -151,6 +152,42 @@ def _names(snapshot: Snapshot) -> Table:
     )
 
 
+def _spans(store: Store, snapshot: Snapshot) -> list[Panel]:
+    """Return the coverage of spans of teachers with another tokenizer; nothing without one."""
+    found = span_coverage(store, snapshot)
+    if not found:
+        return []
+    kinds = {name: dict(zip(SPAN_KINDS, of.kinds, strict=True)) for name, (of, _) in found.items()}
+    words = {name: describe(of) for name, (of, _) in found.items()}
+    some = "" if all(whole for _, whole in found.values()) else " Of some evenly chosen segments."
+    return [
+        Bars(
+            id="store-span-kinds",
+            title="Spans of two tokenizers",
+            how="Shares of the spans by their tokens, the student's first. The more are 1:1, the "
+            f"more of the teacher's ids say something about a token of the student.{some}",
+            value=Axis(name="share of the spans", form="percent"),
+            bars=tuple(
+                Bar(name=name, value=count / max(1, sum(of.values())), group=kind)
+                for name, of in kinds.items()
+                for kind, count in of.items()
+            ),
+        ),
+        Table(
+            id="store-spans",
+            title="Teachers with another tokenizer",
+            how="Log-probs of spans are exact for the teacher's own tokens. Its best ids are "
+            "conditioned on a boundary of its tokens: a loss on them has a floor that is no error "
+            f"of the student.{some}",
+            columns=(Axis(name="word"), *(Axis(name=name) for name in found)),
+            rows=tuple(
+                (word, *(of.get(word, "") for of in words.values()))
+                for word in dict.fromkeys(word for of in words.values() for word in of)
+            ),
+        ),
+    ]
+
+
 def _range(versions: Sequence[int]) -> str:
     first, last = versions[0], versions[-1]
     if first == last:
@@ -165,7 +202,7 @@ def _arrays(store: Store, snapshot: Snapshot, most: int) -> list[Panel]:
     whole = True
     for kind in KINDS:
         found = _of_kind(snapshot, kind)
-        chosen = _evenly(found, most)
+        chosen = evenly(found, most)
         whole &= len(chosen) == len(found)
         # Of segments of different layouts each is scaled alike.
         scale = committed_bytes(found) / max(1, committed_bytes(chosen))
@@ -219,15 +256,6 @@ def array_bytes(store: Store, segments: Iterable[Segment]) -> dict[str, int]:
                     found[info.filename.removesuffix(ARRAY_FILE)] += info.file_size
                     found["headers"] -= info.file_size
     return dict(found)
-
-
-def _evenly(segments: Sequence[Segment], most: int) -> list[Segment]:
-    """Choose evenly as many segments as have about `most` bytes, one at least."""
-    if not segments:
-        return []
-    share = min(1.0, most / max(1, committed_bytes(segments)))
-    count = max(1, int(len(segments) * share))
-    return [segments[i] for i in np.linspace(0, len(segments) - 1, count).round().astype(int)]
 
 
 def _largest(sizes: Mapping[str, float], count: int) -> dict[str, float]:
