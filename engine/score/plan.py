@@ -1,7 +1,8 @@
 """Score rollout segments: at least one score segment for each.
 
-A score unit is one rollout segment under one teacher and one request. The teacher must have the
-student's tokenizer: it reads ids as sampled, and its log-probs are read by id.
+A score unit is one rollout segment under one teacher and one request. A teacher with the student's
+tokenizer reads ids as sampled, and its log-probs are read by id. One with another tokenizer reads
+the same bytes in its own ids, and its log-probs are of spans, see score/spans.py.
 
 A segment that the teacher scored with a smaller request is scored again, and the new entries extend
 the stored ones. A segment that it scored with the same or a larger request is skipped.
@@ -36,7 +37,8 @@ class ScoreReport:
 def score(request: ScoreRequest, *, progress: Progress = no_progress) -> ScoreReport:
     """Score every rollout segment of the name that has no scores for this request yet.
 
-    Raises IdentityError for a teacher with another tokenizer, vocabulary or stop ids,
+    Raises IdentityError for a teacher with another tokenizer without an alignment, vocabulary or
+    stop ids, UnitError for a response that such a teacher cannot read,
     IncompleteError where there are no rollouts, no draws or no scores of the model in `extra_ids`,
     and PromptError for a context that lacks a prompt.
     """

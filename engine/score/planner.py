@@ -162,7 +162,9 @@ class ScorePlanner:
         request, digest = self._request, segment.provenance_sha256
         if digest not in self._identity_notes:
             student = segment.provenance["student"]
-            self._identity_notes[digest] = check_identity(student, request.model, request.shared)
+            self._identity_notes[digest] = check_identity(
+                student, request.model, request.shared, request.alignment
+            )
         if request.extra_ids == MC_IDS and "mc_counts" not in specs(segment.layout):
             raise IncompleteError(
                 f"rollouts {request.rollouts_name!r} hold no ids that the student drew",
@@ -223,6 +225,12 @@ class ScorePlanner:
                 )
             if request.extra_ids is None and self._cover(there):
                 return {}
+            if request.alignment is not None:
+                raise IdentityError(
+                    f"{name!r} has scores over spans of these rollouts, of fewer ids or from "
+                    "another rendering",
+                    hint="score under another name: scores over spans are not extended",
+                )
             self._check_extended(there)
         return missing
 

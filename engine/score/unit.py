@@ -8,17 +8,19 @@ from typing import Any, Literal
 
 import numpy as np
 
+from logitcask.engine.alignment.alignment import Alignment
 from logitcask.engine.backends.base import Scorer
 from logitcask.engine.errors import PromptError
 from logitcask.engine.models.identity import digest
 from logitcask.engine.score.extra_ids import with_known, without_extra
 from logitcask.engine.score.positions import chosen_rows, score_positions
 from logitcask.engine.score.positions_file import PositionsFile
+from logitcask.engine.score.spans import score_spans
 from logitcask.engine.store import ScoreSegments, Segment, Store
 from logitcask.engine.store.extend import request_ids, union
 from logitcask.engine.store.format.layouts import ranked
 from logitcask.engine.store.log.snapshot import are_partial
-from logitcask.engine.teachers.checks import check_scorer, check_stops
+from logitcask.engine.teachers.checks import check_scorer, check_spans, check_stops
 from logitcask.engine.teachers.token_maps import SharedVocabulary
 from logitcask.engine.types import (
     ALL_POSITIONS,
@@ -76,6 +78,9 @@ class ScoreRequest:
     """Treatment of a final stop token that the teacher does not use."""
     shared: SharedVocabulary | None = None
     """Map between the tokenizers of teacher and student; None = they are equal."""
+    alignment: Alignment | None = None
+    """Of a teacher with another tokenizer, which scores spans; `context` is then in it too. None =
+    its ids are the student's."""
     notes: tuple[str, ...] = ()
     """Warnings about the teacher, for the user."""
     provenance_extra: Mapping[str, Any] = field(default_factory=dict)
@@ -83,6 +88,13 @@ class ScoreRequest:
 
     def __post_init__(self) -> None:
         check_scorer(self.scorer, self.params, chosen=self.extra_ids is not None)
+        if self.alignment is not None:
+            check_spans(
+                self.model.name,
+                extra_ids=self.extra_ids or "",
+                positions=self.positions,
+                selection=self.params.record()["selection"],
+            )
 
     def provenance(self) -> dict[str, Any]:
         """Return the provenance of every segment, without the extra ids."""
@@ -95,6 +107,7 @@ class ScoreRequest:
             **({} if self.positions == ALL_POSITIONS else {"positions": self.positions}),
             "backend": self.scorer.describe(),
             "logprob": LOGPROB,
+            **({} if self.alignment is None else {"alignment": self.alignment.record()}),
             **self.provenance_extra,
         }
 
@@ -120,6 +133,24 @@ def run_score_unit(
     """Score one unit, commit it under its key, and return its positions."""
     store, params, segment = request.store, request.params, unit.segment
     rollouts = store.read_rollouts(segment)
+    if request.alignment is not None:
+        spans, took_s = score_spans(
+            request.alignment,
+            rollouts,
+            lambda teacher, at: _score(request, teacher, at, report),
+            at_student=params.at_student,
+        )
+        store.commit_span_scores(
+            spans,
+            base=segment,
+            name=request.teacher_name,
+            unit_key=key,
+            unit=dict(segment.unit),
+            provenance=provenance,
+            profile=request.profile,
+            seconds=took_s,
+        )
+        return rollouts.positions
     check_stops(
         rollouts,
         request.eos_rows,
@@ -201,7 +232,7 @@ def unit_key(
             "context": provenance["context"],
             "request": _fields(params),
             "at": list(at),
-            **{name: provenance[name] for name in ("positions",) if name in provenance},
+            **{key: provenance[key] for key in ("positions", "alignment") if key in provenance},
         }
     )
 

@@ -5,20 +5,26 @@ from typing import Any
 
 import numpy as np
 
+from logitcask.engine.alignment.alignment import Alignment
 from logitcask.engine.backends.base import Scorer
 from logitcask.engine.errors import ConfigError, IdentityError
 from logitcask.engine.teachers.token_maps import SharedVocabulary
-from logitcask.engine.types import STOP, ModelRef, Rollouts, ScoreParams
+from logitcask.engine.types import ALL_POSITIONS, STOP, ModelRef, Rollouts, ScoreParams
 
 
 def check_identity(
-    student: Mapping[str, Any], model: ModelRef, shared: SharedVocabulary | None = None
+    student: Mapping[str, Any],
+    model: ModelRef,
+    shared: SharedVocabulary | None = None,
+    alignment: Alignment | None = None,
 ) -> list[str]:
     """Compare tokenizer and template of teacher and student, and return notes on differences.
 
-    student: its provenance; shared: the shared vocabulary, if their tokenizers differ. Raises
-    IdentityError for a tokenizer that differs otherwise.
+    student: its provenance; shared: the shared vocabulary, if their tokenizers differ; alignment:
+    of a teacher that scores spans. Raises IdentityError for a tokenizer that differs otherwise.
     """
+    if alignment is not None:
+        return [_spans_note(student, model, alignment)]
     notes = []
     if shared is not None and shared.matches(student["tokenizer"], model):
         notes.append(shared.note(model.name))
@@ -41,6 +47,35 @@ def check_identity(
             "student's rendering, which may be unusual for it"
         )
     return notes
+
+
+def _spans_note(student: Mapping[str, Any], model: ModelRef, alignment: Alignment) -> str:
+    """Return the note on a teacher that scores spans; IdentityError for other tokenizers."""
+    if not alignment.matches(student["tokenizer"], model):
+        raise IdentityError(
+            f"rollouts of a student with the tokenizer {student['tokenizer']}, and the alignment "
+            f"with {model.name} is of {alignment.tokenizers[0]}",
+            hint="score the rollouts of each tokenizer from a name of their own",
+        )
+    return (
+        f"{model.name} has another tokenizer than the student: it scores the same bytes in its "
+        "own tokens, and training takes an objective over spans"
+    )
+
+
+def check_spans(teacher: str, *, extra_ids: str, positions: str, selection: str) -> None:
+    """Raise ConfigError for a request that scores over spans cannot serve. teacher: its name."""
+    for key, value, served in (
+        ("extra_ids", extra_ids, ""),
+        ("positions", positions, ALL_POSITIONS),
+        ("selection", selection, "top-k" if selection == "top-k" else "top-p"),
+    ):
+        if value != served:
+            raise ConfigError(
+                f"{key} = {value}: {teacher} has another tokenizer than the student, and scores "
+                "over spans have no such ids or positions",
+                hint=f"leave --{key.replace('_', '-')} out",
+            )
 
 
 def check_stops(
