@@ -1,6 +1,5 @@
 """Packs of teachers with another tokenizer: spans, ids without a twin, several teachers."""
 
-
 import numpy as np
 import pytest
 import torch
