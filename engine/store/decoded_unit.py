@@ -161,6 +161,11 @@ def has_spans(score_segments: ScoreSegments) -> bool:
     return score_segments[0].layout in schema.SPAN_LAYOUTS
 
 
+def has_lists(score_segments: ScoreSegments) -> bool:
+    """Return whether positions have ids of the teacher; False for log-probs of spans alone."""
+    return "E" in score_segments[0].counts
+
+
 def dtypes_of(
     rollout: Segment, score_segments: ScoreSegments, base: ScoreSegments = ()
 ) -> dict[str, str]:
@@ -275,6 +280,7 @@ def size_of(rollout: Segment, score_segments: ScoreSegments, base: ScoreSegments
     counts = rollout.counts
     listed = sum(each.counts.get("S", 0) for each in score_segments)
     listed = listed if "S" in score_segments[0].counts else counts.get("E", 0)
+    listed = listed if has_lists(score_segments) else 0
     others = sum(each.counts.get("E", 0) for each in score_segments)
     lengths = {
         **dict.fromkeys((*ROW, SCORED), counts["P"]),

@@ -14,6 +14,7 @@ from logitcask.engine.packing.plan import PackPlan
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.store.cache import UnitCache
+from logitcask.engine.store.decoded_unit import has_lists
 from logitcask.engine.training.cache_info import cache_info, first_snapshot
 from logitcask.engine.training.evaluation.held_out import HeldOutSet, hold_out
 from logitcask.engine.training.evaluation.responses import EvalPlan
@@ -176,10 +177,12 @@ def estimate(
     check_lora(settings, lora)
     info = cache_info(None, source, settings.allow_off_lineage)
     plan = _plan(source, rollouts, settings, run.seed, settings.pack_length)
+    lists = any(has_lists(scores) for _, scores in source.pairs)
     plain = objective.objective if isinstance(objective, Preset) else objective
     return estimate_memory(
         path,
-        largest_pack(plan, source.lengths(), info.student_k + info.k_max),
+        # Without lists a position has the column of its token.
+        largest_pack(plan, source.lengths(), info.student_k + info.k_max if lists else 1),
         loss_shape(plain, settings),
         n_vocab=n_vocab,
         # Its arguments alone: this process is not one of those of the run.

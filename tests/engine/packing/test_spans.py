@@ -89,6 +89,7 @@ def test_targets_have_the_values_of_a_plain_join(store: Store, rows: str) -> Non
             unmapped += len(none)
             r += 1
     assert r == len(targets)
+    assert (targets.ids.shape[1] == 1) == (rows == NONE)
     assert rows == NONE or min(several, unmapped) > 0
 
 
