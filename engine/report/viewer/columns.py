@@ -10,7 +10,7 @@ from logitcask.engine.report.viewer.lists import Lists
 from logitcask.engine.report.viewer.pack import STEPS, quantised
 from logitcask.engine.report.viewer.rows import Rows
 from logitcask.engine.report.viewer.sources import Response
-from logitcask.engine.report.viewer.texts import TokenTexts
+from logitcask.engine.report.viewer.texts import PieceTexts, TokenTexts
 from logitcask.engine.types import Array
 
 MOST_PROMPT = 512
@@ -44,7 +44,7 @@ class Columns:
         rows: Rows,
     ) -> None:
         """Add responses of a part and their rows; prompts: id of each prompt -> its tokens."""
-        number, _ = self.tokenizers.setdefault(texts.digest, (len(self.tokenizers), texts))
+        number = self._number_of(texts)
         for each in responses:
             if (source, each.prompt) not in self.prompts:
                 self._add_prompt(source, each.prompt, prompts[each.prompt], number)
@@ -71,8 +71,18 @@ class Columns:
             self._number(f"{at}.flags", of.flags)
             self._quantised(f"{at}.", of.nats, of.shares)
             self._log_probs(f"{at}.at_student", of.at_student)
-            self._lists(f"{at}.own", number, of.own)
+            own = number if of.texts is None else self._number_of(of.texts)
+            self._lists(f"{at}.own", own, of.own)
+            if of.span_tokens is not None:
+                self._lists(f"{at}.span", own, of.span_tokens)
             self._log_probs(f"{at}.own_log_p", of.own_log_p)
+
+    def _number_of(self, texts: TokenTexts) -> int:
+        """Return the number of a tokenizer; the pieces of several parts are joined."""
+        number, first = self.tokenizers.setdefault(texts.digest, (len(self.tokenizers), texts))
+        if isinstance(texts, PieceTexts) and isinstance(first, PieceTexts):
+            first.pieces |= texts.pieces
+        return number
 
     def _add_prompt(self, source: int, name: str, tokens: Sequence[int], number: int) -> None:
         shown = tokens[-MOST_PROMPT:]

@@ -13,6 +13,7 @@ from logitcask.engine.report.viewer.measures import MEASURES
 from logitcask.engine.report.viewer.pack import STEPS, packed
 from logitcask.engine.report.viewer.rows import CUTS, Cut, rows_of
 from logitcask.engine.report.viewer.sources import MOST_POSITIONS, Loaded, Response, Source, load
+from logitcask.engine.report.viewer.span_rows import with_spans
 from logitcask.engine.report.viewer.texts import TokenTexts, token_texts
 
 MOST_BYTES = 1_150_000
@@ -133,7 +134,8 @@ def _packed(
         part, store = loaded[of].parts[number], loaded[of].source.store
         index = np.concatenate([np.arange(each.start, each.end) for each in responses])
         prompts = {each.id: each.token_ids for each in store.read_prompts(part.segment)}
-        columns.add(of, texts[of], responses, prompts, rows_of(part, index, cut))
+        rows = with_spans(rows_of(part, index, cut), part, index, cut)
+        columns.add(of, texts[of], responses, prompts, rows)
     header, numbers = columns.finished()
     measures = [asdict(each) for each in MEASURES if columns.teachers or not each.of_teacher]
     names = [each.source.name for each in loaded]
@@ -158,7 +160,8 @@ def _notes(
         )
     if shown < total:
         notes.append(f"{shown:,} of {total:,} chosen responses fit into the page")
-    if any(part.scored or part.rows["student_topk_ids"] for each in loaded for part in each.parts):
+    parts = [part for each in loaded for part in each.parts]
+    if any(part.scored or part.spans or part.rows["student_topk_ids"] for part in parts):
         notes.append(
             f"lists show at most {cut.most} ids of each model, up to {cut.mass:.0%} of its mass; "
             "metrics are of the whole stored lists"

@@ -1,9 +1,9 @@
 """Metrics that the tokens of the viewer are coloured by.
 
-The page computes the advantage, both surprises and the entropy gap from what it shows next to them:
-log-probs and entropies of p and q. The
-definitions are those of engine/metrics, engine/exchange/README.md and engine/probes/correctness.py;
-p is the student that sampled, as stored, q the teacher, y the token.
+The page computes both advantages, both surprises and the entropy gap from the log-probs and
+entropies of p and q that it shows next to them. The definitions are those of engine/metrics,
+engine/exchange/README.md and engine/probes/correctness.py; p is the student that sampled, as
+stored, q the teacher, y the token.
 """
 
 from dataclasses import dataclass
@@ -55,6 +55,16 @@ MEASURES = (
         f"what the teacher would write. {_BOUND}",
         edges=_KL,
         worst="high",
+        bad=1.0,
+    ),
+    Measure(
+        id="span_advantage",
+        name="advantage of the span, log q - log p",
+        unit="nats",
+        how="Of a teacher with another tokenizer: its log-prob of the smallest piece around the "
+        "token that is whole tokens to both, less the student's. All tokens of the piece have it.",
+        edges=(-3.0, -1.0, -0.3, -0.1, 0.1, 0.3, 1.0, 3.0),
+        worst="both",
         bad=1.0,
     ),
     Measure(

@@ -22,9 +22,10 @@ from logitcask.engine.report.viewer.lists import (
     top,
 )
 from logitcask.engine.report.viewer.sources import Part
+from logitcask.engine.report.viewer.texts import PieceTexts
 from logitcask.engine.types import Array
 
-LOSS, IN_STUDENT, IN_TEACHER, IS_SCORED = 1, 2, 1, 2
+LOSS, IN_STUDENT, IN_TEACHER, IS_SCORED, IS_FIRST = 1, 2, 1, 2, 4
 """Bits: of `flags` of the student the first two, of a teacher the others."""
 
 
@@ -35,7 +36,8 @@ class TeacherRows:
     k: int
     """Of the overlap; 0 = none."""
     flags: Array
-    """[P] IN_TEACHER: the token is in its stored list; IS_SCORED: it scored the position."""
+    """[P] IN_TEACHER: the token is in its stored list; IS_SCORED: it scored the position; IS_FIRST:
+    a span begins there."""
     nats: Mapping[str, Array]
     """Name -> [P] float64, NaN = none."""
     shares: Mapping[str, Array]
@@ -45,6 +47,10 @@ class TeacherRows:
     """The teacher's top list without the student's entries."""
     own_log_p: Array
     """[E'] float64, log p of each of these; NaN = it is not in the student's list."""
+    span_tokens: Lists | None = None
+    """The teacher's tokens of each span at its first position; None for the student's tokenizer."""
+    texts: PieceTexts | None = None
+    """Of the ids in `own` and `span_tokens`; None = the student's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

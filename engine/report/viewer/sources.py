@@ -4,18 +4,21 @@ A page is made in seconds, also of stores of millions of positions: about MOST_P
 all sources together, as segments that are spread over the versions of the student.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from logitcask.engine.alignment.span_scores import SpanScores
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.exchange.positions import Block, Column, Selection, blocks, select
 from logitcask.engine.probes.columns import column_of, counted_rows, numbers_of
 from logitcask.engine.probes.positions import common_k
 from logitcask.engine.store import Segment, Snapshot, Store
+from logitcask.engine.store.format.provenance import ALIGNMENT
 from logitcask.engine.store.format.ragged import starts
 from logitcask.engine.store.inspect import choose
+from logitcask.engine.store.spans.views import span_teachers
 
 MOST_POSITIONS = 131_072
 """Response positions that are read, about: a second for each teacher."""
@@ -50,6 +53,16 @@ class Scored:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ScoredSpans:
+    """The scores of a whole segment by a teacher with another tokenizer."""
+
+    teacher: str
+    scores: SpanScores
+    tokens: str
+    """Digest of the bytes of its ids."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
     """One segment of a source, read."""
 
@@ -58,6 +71,8 @@ class Part:
     """All rows; the columns of a teacher are those of scored[0]."""
     scored: tuple[Scored, ...]
     """One of each teacher that scored some position."""
+    spans: tuple[ScoredSpans, ...] = ()
+    """The same of teachers with another tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,9 +122,11 @@ def load(source: Source, most: int) -> Loaded | None:
         return None
     first = source.rollouts or _most_scored(source.snapshot, names)
     name = choose(names, first, what="rollouts")
-    selections = _selections(source, name)
-    chosen = _spread(selections[0], most)
-    parts = tuple(_part(source.store, selections, index, most // len(chosen)) for index in chosen)
+    tokens, spans = _teachers(source, name)
+    selections = _selections(source.snapshot, name, tokens)
+    scored = {each for of in (*tokens, *spans) for each in source.snapshot.scores(of)}
+    chosen = _spread(selections[0], scored, most)
+    parts = tuple(_part(source, selections, spans, index, most // len(chosen)) for index in chosen)
     return Loaded(
         source=source,
         rollouts=name,
@@ -128,18 +145,22 @@ def _most_scored(snapshot: Snapshot, names: list[str]) -> str:
     return names[int(np.argmax(counts))]
 
 
-def _selections(source: Source, name: str) -> list[Selection]:
-    """Return one selection for each teacher that is shown, or one without a teacher."""
+def _teachers(source: Source, name: str) -> tuple[list[str], list[str]]:
+    """Return the teachers that are shown: with scores of tokens, and of spans."""
     snapshot = source.snapshot
     teachers = source.teachers or tuple(
         each for each in snapshot.names("score") if snapshot.role(each) != "base"
     )
-    of = {each.seg_id for each in snapshot.rollouts(name)}
-    with_scores = [each for each in teachers if of & snapshot.scores(each).keys()]
-    if with_scores:
-        return [
-            select(snapshot, rollouts=name, teacher=each) for each in with_scores[:MOST_TEACHERS]
-        ]
+    of, others = {each.seg_id for each in snapshot.rollouts(name)}, span_teachers(snapshot)
+    shown = [each for each in teachers if of & snapshot.scores(each).keys()][:MOST_TEACHERS]
+    spans = [each for each in shown if each in others]
+    return [each for each in shown if each not in others], spans
+
+
+def _selections(snapshot: Snapshot, name: str, teachers: Sequence[str]) -> list[Selection]:
+    """Return one selection for each teacher, or one without a teacher."""
+    if teachers:
+        return [select(snapshot, rollouts=name, teacher=each) for each in teachers]
     segments = snapshot.rollouts(name)
     counts = np.asarray([each.counts["N"] for each in segments], np.int64)
     return [
@@ -152,21 +173,25 @@ def _selections(source: Source, name: str) -> list[Selection]:
     ]
 
 
-def _spread(selection: Selection, most: int) -> list[int]:
+def _spread(selection: Selection, scored: Collection[str], most: int) -> list[int]:
     """Return the indices of segments of about `most` positions, spread from the first to the last.
 
-    Segments with scores come before others.
+    Segments in `scored` come before others.
     """
-    scored = [i for i, (_, scores) in enumerate(selection.segments) if scores]
-    candidates = scored or list(range(len(selection.segments)))
-    positions = sum(selection.segments[i][0].counts["P"] for i in candidates)
+    segments = [each for each, _ in selection.segments]
+    candidates = [i for i, each in enumerate(segments) if each.seg_id in scored]
+    candidates = candidates or list(range(len(segments)))
+    positions = sum(segments[i].counts["P"] for i in candidates)
     count = max(1, min(len(candidates), most * len(candidates) // max(1, positions)))
     chosen = np.linspace(0, len(candidates) - 1, count) if count > 1 else [len(candidates) - 1]
     return [candidates[int(i)] for i in np.unique(np.round(chosen).astype(int))]
 
 
-def _part(store: Store, selections: list[Selection], index: int, most: int) -> Part:
-    """Read the blocks of a segment with its first `most` positions."""
+def _part(
+    source: Source, selections: list[Selection], spans: Sequence[str], index: int, most: int
+) -> Part:
+    """Read the blocks of a segment with its first `most` positions, and its scores of spans."""
+    store, segment = source.store, selections[0].segments[index][0]
     scored = [
         Scored(
             teacher=each.teacher,
@@ -178,7 +203,20 @@ def _part(store: Store, selections: list[Selection], index: int, most: int) -> P
     ]
     first = selections[0]
     rows = scored[0].block if scored else _read(store, first, index, most)
-    return Part(segment=first.segments[index][0], rows=rows, scored=tuple(scored))
+    return Part(
+        segment=segment,
+        rows=rows,
+        scored=tuple(scored),
+        spans=tuple(
+            ScoredSpans(
+                teacher=each,
+                scores=store.read_span_scores(found),
+                tokens=str(found[0].provenance[ALIGNMENT]["teacher"]),
+            )
+            for each in spans
+            if (found := source.snapshot.scores(each).get(segment.seg_id))
+        ),
+    )
 
 
 def _k_of(selection: Selection, index: int) -> int:

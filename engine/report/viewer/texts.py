@@ -7,8 +7,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
+from logitcask.engine.alignment.span_scores import SpanScores
 from logitcask.engine.alignment.token_bytes import BYTE_OF_CHAR
 from logitcask.engine.errors import IdentityError, ModelError
 from logitcask.engine.models.identity import resolve_model, tokenizer_digest
@@ -46,6 +48,30 @@ class TokenTexts:
             pieces = self._tokenizer.convert_ids_to_tokens(list(ids))
             texts = self._tokenizer.batch_decode(alone, clean_up_tokenization_spaces=False)
         return [_shown(piece, text) for piece, text in zip(pieces, texts, strict=True)]
+
+
+class PieceTexts(TokenTexts):
+    """Texts of a teacher's ids from the bytes that its scores of spans have: no tokenizer."""
+
+    def __init__(self, scores: SpanScores, digest: str) -> None:
+        super().__init__(digest=f"bytes of {digest}")
+        ends = np.cumsum(scores.piece_lengths, dtype=np.int64).tolist()
+        data, starts = scores.piece_bytes.tobytes(), [0, *ends]
+        self.pieces = {
+            token: data[a:b]
+            for token, a, b in zip(scores.piece_ids.tolist(), starts, ends, strict=False)
+        }
+
+    def of(self, ids: Sequence[int]) -> list[tuple[str | None, str]]:
+        """Return (text, bytes) of each id as TokenTexts; a control token has no text."""
+        return [_of_bytes(self.pieces.get(each, b"")) for each in ids]
+
+
+def _of_bytes(piece: bytes) -> tuple[str | None, str]:
+    try:
+        return piece.decode() or None, ""
+    except UnicodeDecodeError:
+        return "", piece.hex(" ").upper()
 
 
 def _shown(piece: str | None, text: str) -> tuple[str | None, str]:

@@ -2,8 +2,8 @@
 // The packed data of the token viewer: see engine/report/viewer/pack.py and columns.py.
 
 const NONE = 0xffff; // of two bytes: no value
-const LOSS = 1, IN_STUDENT = 2, IN_TEACHER = 1, IS_SCORED = 2; // bits of the flags
-const NATS = ["student_surprise", "student_entropy", "teacher_surprise", "teacher_entropy", "reverse_kl", "forward_kl"];
+const LOSS = 1, IN_STUDENT = 2, IN_TEACHER = 1, IS_SCORED = 2, IS_FIRST = 4; // bits of the flags
+const NATS = ["student_surprise", "student_entropy", "teacher_surprise", "teacher_entropy", "reverse_kl", "forward_kl", "span_student", "span_teacher"];
 
 /** Stands for the measure of rollouts without any scores. */
 const NOTHING = { id: "", name: "nothing", unit: "", how: "These rollouts have no scores yet, so their tokens have no colour.", edges: [], worst: "high", bad: 0, of_teacher: false };
@@ -11,6 +11,7 @@ const NOTHING = { id: "", name: "nothing", unit: "", how: "These rollouts have n
 /** Measures that are made of two others; of a teacher with an interval its middle is stored. */
 const DERIVED = {
   advantage: ["student_surprise", "teacher_surprise", (student, teacher) => student - teacher],
+  span_advantage: ["span_student", "span_teacher", (student, teacher) => student - teacher],
   entropy_gap: ["student_entropy", "teacher_entropy", (student, teacher) => Math.abs(student - teacher)],
 };
 
@@ -55,6 +56,8 @@ function viewerModel(viewer, head, columns) {
   const promptRows = offsetsOf(prompts.map((each) => each.length));
   const studentEntries = offsetsOf(columns.student_count);
   const ownEntries = teachers.map((_, t) => offsetsOf(columns[`${t}.own_count`]));
+  // Tokens of a teacher with another tokenizer, at the first position of each span.
+  const spanEntries = teachers.map((_, t) => offsetsOf(columns[`${t}.span_count`] ?? []));
   const cached = new Map();
 
   sequences.forEach((sequence, index) => {
@@ -129,12 +132,28 @@ function viewerModel(viewer, head, columns) {
     };
   }
 
+  /** The span of a position: {first, last, tokens, p, q} with log-probs, null = in none. */
+  function spanOf(sequence, teacher, position) {
+    if (!columns[`${teacher}.span_count`] || !sequence.teachers.includes(teacher)) return null;
+    const start = teacherRows[teacher][sequence.index];
+    const has = (i, bit) => (columns[`${teacher}.flags`][start + i] & bit) > 0;
+    if (!has(position, IS_SCORED)) return null;
+    let first = position, last = position;
+    while (!has(first, IS_FIRST)) first -= 1;
+    while (last + 1 < sequence.length && has(last + 1, IS_SCORED) && !has(last + 1, IS_FIRST)) last += 1;
+    const [begin, end] = spanEntries[teacher].subarray(start + first, start + first + 2);
+    return {
+      first, last, p: -values("span_student", sequence, teacher)[position], q: -values("span_teacher", sequence, teacher)[position],
+      tokens: Array.from(columns[`${teacher}.span_id`].subarray(begin, end), token),
+    };
+  }
+
   const measures = head.measures.filter((each) => sequences.some((sequence) =>
     (each.of_teacher ? sequence.teachers : [0]).some((teacher) =>
       values(each.id, sequence, teacher).some((value) => !Number.isNaN(value)))));
   if (!measures.length) measures.push(NOTHING);
   return {
-    notes: viewer.notes, sources: head.sources, sequences, prompts, teachers, measures, values, lists,
+    notes: viewer.notes, sources: head.sources, sequences, prompts, teachers, measures, values, lists, spanOf,
     ks: head.teachers.map((each) => each.k), digits: Math.round(-Math.log10(steps.nats)),
     tokenAt: (sequence, position) => token(columns.token[rows[sequence.index] + position]),
     tokenNumber: (sequence, position) => columns.token[rows[sequence.index] + position],

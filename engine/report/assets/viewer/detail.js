@@ -35,18 +35,27 @@ function drawList(title, entries, side, other, tail, tailHow) {
 
 /** Draw both lists of a position side by side. */
 function drawLists(model, sequence, teacher, position) {
-  const found = model.lists(sequence, teacher, position);
+  const found = model.lists(sequence, teacher, position), span = model.spanOf(sequence, teacher, position);
   const parts = [drawList("student p", found.entries, "p", "q", found.studentTail,
     "The student's probability of all ids that are not in its stored list.")];
-  if (found.scored) {
+  const listed = !span || found.entries.some((each) => each.q !== null);
+  if (found.scored && listed) {
     parts.push(drawList(`teacher q: ${model.teachers[teacher]}`, found.entries, "q", "p", found.teacherTail,
       "The teacher's probability of all ids that it did not score."));
   }
   const notes = [];
+  if (span) notes.push(spanText(model, sequence, span), ...(listed ? [] : ["The teacher's list is at another token of the span, or not stored."]));
   if (!found.scored) notes.push(sequence.teachers.length ? "The teacher did not score this position." : "No teacher scored this response.");
   if (!found.counted) notes.push("The token does not count in a loss.");
   return make("div", {}, make("div", { className: "lists" }, ...parts),
     ...notes.map((text) => make("p", { className: "note", textContent: text })));
+}
+
+/** A span in words: the tokens of both sides and their log-probs. */
+function spanText(model, sequence, span) {
+  const own = Array.from({ length: span.last - span.first + 1 }, (_, i) => model.tokenAt(sequence, span.first + i));
+  const side = (tokens, letter, value) => `${tokens.map(labelOf).join(" + ")} with log ${letter} ${value.toFixed(model.digits)}`;
+  return `Span: ${side(own, "p", span.p)}; the teacher has ${side(span.tokens, "q", span.q)} nats.`;
 }
 
 /** Draw the numbers of a position, the chosen measure first in weight. */

@@ -32,7 +32,7 @@ def _is_id(name: str) -> bool:
 
 
 def _values(name: str, codes: np.ndarray, header: dict[str, Any]) -> np.ndarray:
-    nats = ("surprise", "entropy", "kl")
+    nats = ("surprise", "entropy", "kl", "span_student", "span_teacher")
     sign = -1 if name.endswith(LISTS) else 1
     kind = "log_probs" if name.endswith(LISTS) else "nats" if name.endswith(nats) else "shares"
     return np.where(codes == NONE, np.nan, sign * codes * header["steps"][kind])
