@@ -47,6 +47,12 @@ def make_span_scores(seed: int, rollouts: Rollouts, rows: str = STARTS) -> SpanS
     tokens = rng.integers(0, VOCAB, len(theirs)).astype(np.uint32)
     cnt = rng.integers(0, 9, spans if rows != NONE else 0).astype(np.uint16)
     ids, lp = ragged(rng, cnt, VOCAB, 4)
+    last = np.flatnonzero(np.asarray(theirs, np.uint8) & END)
+    for g, entry in enumerate(np.cumsum(cnt, dtype=int) - 1):
+        # The best ids of a row mostly have the token that came.
+        row = slice(entry + 1 - int(cnt[g]), entry + 1)
+        if cnt[g] and tokens[last[g]] not in ids[row] and rng.random() < 0.7:
+            ids[entry] = tokens[last[g]]
     pieces = np.unique(np.concatenate([tokens, ids]))
     # Some have no twin, and some share one.
     twins = np.where(rng.random(len(pieces)) < 0.25, -1, rng.integers(0, 50, len(pieces)))

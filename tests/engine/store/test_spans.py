@@ -2,6 +2,7 @@
 
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +17,21 @@ from logitcask.engine.store.decoded_unit import size_of
 from logitcask.engine.store.format import codecs, schema
 from logitcask.engine.store.format import segment as segments
 from logitcask.engine.store.format.archive import write
+from logitcask.engine.store.log import record
+from logitcask.engine.store.log.body import Bodies
+from logitcask.engine.store.log.usual_heads import HeadParser
 from logitcask.engine.store.merge import merge
 from logitcask.engine.store.spans import arrays as spans
 from logitcask.engine.store.spans.checks import check_structure, check_values
 from logitcask.engine.store.spans.unit import decode_span_unit
 from logitcask.engine.store.verify import verify
-from tests.engine.store.made import SCORE_PROVENANCE, commit_rollouts, commit_scores, make_rollouts
+from tests.engine.store.made import (
+    SCORE_PROVENANCE,
+    commit_rollouts,
+    commit_scores,
+    forged,
+    make_rollouts,
+)
 from tests.engine.store.made_spans import (
     alignment,
     commit_span_scores,
@@ -198,6 +208,37 @@ def test_a_flipped_bit_is_an_error(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(IntegrityError, match="other bytes"):
             store.read_span_scores((segment,))
+
+
+def test_counts_that_no_scores_have_are_refused_before_a_file_is_read(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "s", create=True)
+    for seed in (1, 2):
+        segment = commit_span_scores(store, commit_rollouts(store, seed, student=True), seed)
+    counts = segment.counts
+    path = tmp_path / "s/log" / record.file_name(3)
+    sound = path.read_bytes()
+    # Bundles of records are read by the quick parser, which knows the form of the first one.
+    parser, prev = HeadParser(Bodies(store.storage, lambda *_: None)), store.log.sha256(2)
+
+    def parse(data: bytes) -> record.Record:
+        return parser.parse(record.split(data, "")[0], "", number=3, prev=prev, name="bundle")
+
+    assert parse(sound).adds[0].counts == parse(sound).adds[0].counts == counts
+    for key, most in (
+        ("G", min(counts["P"], counts["Q"])),
+        ("E", 4096 * counts["G"]),
+        ("U", counts["Q"] + counts["E"]),
+        ("B", 65535 * counts["U"]),
+    ):
+
+        def change(head: dict[str, Any], _: Any, key: str = key, most: int = most) -> None:
+            head["adds"][0]["counts"][key] = most + 1
+
+        path.write_bytes(forged(sound, change))
+        with pytest.raises(IntegrityError, match=f"{key} {most + 1}, at most {most}"):
+            open_store(tmp_path / "s").head()
+        with pytest.raises(IntegrityError, match=f"{key} {most + 1}, at most {most}"):
+            parse(path.read_bytes())
 
 
 def test_a_stranger_with_right_digests_is_refused(
