@@ -55,12 +55,13 @@ def bounded_metric(objective: Objective) -> str | None:
 def _draws_drift(objective: Objective) -> bool:
     """Return whether the objective, without its terms, takes old draws for those of the student."""
     corrected = any(isinstance(modifier, Importance) for modifier in objective.modifiers)
-    return objective.support in ("sampled", "mc") and not corrected
+    drawn = objective.support in ("sampled", "mc") or objective.divergence == "advantage"
+    return drawn and not corrected
 
 
 def _correction(objective: Objective) -> str:
     """Return the text on what else helps against drift."""
-    if _draws_drift(objective):
+    if _draws_drift(objective) and not objective.over_spans:
         return ", or add +importance to the objective"
     rewards = [term for term in objective.terms if isinstance(term, Reward)]
     return ", or use reward(importance=true)" if rewards else ""

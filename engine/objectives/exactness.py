@@ -5,6 +5,7 @@ the estimator. The prefixes are always those of the rollouts. A combination that
 serve raises ObjectiveError.
 """
 
+from logitcask.engine.alignment.span_scores import ENDS
 from logitcask.engine.backends.returned import RESOLVED
 from logitcask.engine.objectives.modifiers import (
     Baseline,
@@ -17,6 +18,7 @@ from logitcask.engine.objectives.objective import Objective
 from logitcask.engine.objectives.presets import FULL_VOCAB_K, Preset
 from logitcask.engine.objectives.report import CacheInfo, ExactnessReport, Served
 from logitcask.engine.objectives.requirements import check_served
+from logitcask.engine.objectives.spans.losses import SPAN_ROWS
 from logitcask.engine.objectives.supports import SAMPLED_SUPPORTS
 
 
@@ -40,7 +42,12 @@ def check_exactness(objective: Objective | Preset, cache: CacheInfo) -> Exactnes
             f"Imported rollouts ({cache.imported}): the student scored them and did not sample "
             "them, so ages are unknown."
         )
-    if cache.mixture:
+    if cache.mixture and objective.over_spans:
+        notes.append(
+            f"Several teachers, {cache.mixture}: loss and metrics are the means of theirs by "
+            "weight, each on its own spans."
+        )
+    elif cache.mixture:
         notes.append(
             f"Several teachers, {cache.mixture}: loss and metrics are the means of theirs by "
             "weight. On one support the gradient is that of their normalised geometric mean with "
@@ -73,6 +80,8 @@ def check_exactness(objective: Objective | Preset, cache: CacheInfo) -> Exactnes
 def served(objective: Objective) -> Served:
     """Return the exactness of an objective on any cache that has the data it needs."""
     names = {modifier.name for modifier in objective.modifiers}
+    if objective.over_spans:
+        return _served_spans(objective)
     if _is_sft(objective):
         return Served.EXACT
     if "fixed" in names:
@@ -94,6 +103,13 @@ def served(objective: Objective) -> Served:
     return Served.COARSENED if objective.tail == "bucket" else Served.EXACT
 
 
+def _served_spans(objective: Objective) -> Served:
+    drawn = not all(term.corrected for term in objective.terms)
+    if drawn or objective.divergence == "advantage":
+        return Served.ON_POLICY
+    return Served.HEURISTIC if objective.divergence in SPAN_ROWS else Served.SURROGATE
+
+
 def _is_sft(objective: Objective) -> bool:
     """Return whether the cross-entropy on the stored tokens is the whole loss."""
     off = any(isinstance(each, FixedAdvantage) and each.is_off for each in objective.modifiers)
@@ -107,6 +123,8 @@ def _is_cut(objective: Objective) -> bool:
 
 
 def _scores(objective: Objective, cache: CacheInfo) -> str:
+    if objective.over_spans:
+        return _span_scores(objective, cache)
     text = _exact_scores(objective)
     if objective.temperature != 1:
         text += f"; at temperature {objective.temperature:g}, where ratios on S stay exact"
@@ -127,6 +145,23 @@ def _scores(objective: Objective, cache: CacheInfo) -> str:
             f"its bucket is resolved to {RESOLVED:g}"
         )
     return text
+
+
+def _span_scores(objective: Objective, cache: CacheInfo) -> str:
+    rows = SPAN_ROWS.get(objective.divergence)
+    if cache.span_rows is None:
+        found = ["exact: every span is one token of both"]
+    else:
+        found = ["span-exact: the log-prob of the teacher's own tokens, at most that of the bytes"]
+    if rows is not None and cache.span_rows is not None:
+        which = "last" if rows == ENDS else "first"
+        found.append(
+            f"boundary-conditioned: the teacher's next token at the {which} row of each span, "
+            "another event than the student's"
+        )
+    if rows is not None:
+        found.append("truncated to the stored ids, see span/unmapped and span/tail")
+    return "; ".join(found)
 
 
 def _exact_scores(objective: Objective) -> str:
@@ -154,6 +189,8 @@ def _exact_scores(objective: Objective) -> str:
 
 def _support(objective: Objective, cache: CacheInfo) -> str:
     k = objective.k
+    if objective.over_spans:
+        return _span_support(objective)
     missing = "ids without a score are left out, see cache/uncached_mass"
     return {
         "teacher": "fixed: the vocabulary"
@@ -169,6 +206,17 @@ def _support(objective: Objective, cache: CacheInfo) -> str:
         "mc": f"fixed: {cache.mc_draws} ids that the behaviour policy drew",
         "teacher_mc": f"fixed: {cache.q_draws} ids that were drawn from the teacher",
     }[objective.support]
+
+
+def _span_support(objective: Objective) -> str:
+    if objective.divergence not in SPAN_ROWS:
+        return "fixed: the spans of both tokenizers"
+    if objective.divergence == "uld":
+        return (
+            f"current: the student's top-{objective.k} as far as it is stored; the rest is between "
+            "bounds, see span/uld_width"
+        )
+    return "fixed: the spans, and the stored ids that both models have a token of"
 
 
 def _estimator(objective: Objective, cache: CacheInfo) -> str:
@@ -194,6 +242,10 @@ def _terms(objective: Objective, cache: CacheInfo) -> list[str]:
 
 
 def _own_estimator(objective: Objective, cache: CacheInfo) -> str:
+    if objective.divergence == "advantage":
+        return _of_draws(
+            "one draw", _goal_of_spans(objective, cache), False, cache, cache.plain_sampling
+        )
     if objective.support not in SAMPLED_SUPPORTS:
         if objective.estimator == "policy_gradient":
             return "deterministic, but not the gradient of a divergence"
@@ -212,6 +264,15 @@ def _own_estimator(objective: Objective, cache: CacheInfo) -> str:
     # The MC ids come from the full distribution at temperature 1, however the token was sampled.
     full = cache.plain_sampling or mc
     return _of_draws(draws, "KL(p || q)", "importance" in names, cache, full)
+
+
+def _goal_of_spans(objective: Objective, cache: CacheInfo) -> str:
+    """Return the text on what the advantages of spans are a draw of."""
+    if objective.parameter == 1:
+        return "KL(p || q) over responses"
+    if cache.span_rows is None:
+        return "KL(p || q)" if not objective.parameter else "a discounted KL(p || q)"
+    return "KL(p || q) of spans whose ends do not depend on later text"
 
 
 def _of_draws(draws: str, goal: str, corrected: bool, cache: CacheInfo, full: bool) -> str:

@@ -13,9 +13,10 @@ from logitcask.engine.objectives.divergences import (
     PARAMETERS,
     TRUNCATED,
 )
-from logitcask.engine.objectives.modifiers import EXCLUDES, Modifier, Term
+from logitcask.engine.objectives.modifiers import EXCLUDES, CrossEntropy, Modifier, Reward, Term
 from logitcask.engine.objectives.policy_gradient import WEIGHTS
 from logitcask.engine.objectives.spans import SPAN_LOSSES, SPAN_PARAMETERS
+from logitcask.engine.objectives.spans.losses import RANKED
 from logitcask.engine.objectives.supports import (
     CURRENT_SUPPORTS,
     SAMPLED_SUPPORTS,
@@ -105,9 +106,17 @@ class Objective:
         return self.support == SPANS
 
     @property
+    def is_ranked(self) -> bool:
+        """Return whether k is the largest number of ids of a row that are compared."""
+        if self.over_spans:
+            return self.divergence in RANKED
+        return self.support not in SAMPLED_SUPPORTS
+
+    @property
     def current_topk(self) -> int:
         """Return how many of the current student's top ids the loss needs."""
-        own = self.k if self.support in CURRENT_SUPPORTS else 0
+        reads = self.is_ranked if self.over_spans else self.support in CURRENT_SUPPORTS
+        own = self.k if reads else 0
         return max([own, *(modifier.current_topk for modifier in self.modifiers)])
 
     @property
@@ -175,11 +184,18 @@ class Objective:
 
     def _check_spans(self) -> None:
         """Raise ObjectiveError for what a loss over spans does not have."""
-        if self.modifiers:
+        for each in self.modifiers:
+            if not isinstance(each, CrossEntropy | Reward):
+                raise ObjectiveError(
+                    f"modifier {each.name!r} with a loss over spans, to which only the losses of "
+                    "the sampled token 'ce' and 'reward' are added",
+                    hint="leave it out; span_advantage(parameter=1) has a return of its own",
+                )
+        if self.temperature != 1:
             raise ObjectiveError(
-                f"modifier {self.modifiers[0].name!r} with a loss over spans: modifiers change the "
-                "loss of a row",
-                hint="leave it out",
+                f"temperature = {self.temperature} with a loss over spans: sums over the tokens of "
+                "a span are exact at 1 alone",
+                hint="leave it out; x_token(parameter=2) compares ids at a temperature",
             )
         if self.tail != "ignore" or self.weights != "student_p":
             raise ObjectiveError(
@@ -234,9 +250,10 @@ class Objective:
                 )
 
     def _check_k(self) -> None:
-        if self.support in SAMPLED_SUPPORTS and self.k != 1:
+        if not self.is_ranked and self.k != 1:
+            what = f"divergence {self.divergence!r}" if self.over_spans else ""
             raise ObjectiveError(
-                f"k = {self.k} with support {self.support!r}, which is no top-k",
+                f"k = {self.k} with {what or f'support {self.support!r}'}, which is no top-k",
                 hint="leave --loss-topk out",
             )
         if self.tail == "renormalize" and self.k < 2:

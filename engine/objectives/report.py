@@ -16,6 +16,8 @@ class Served(StrEnum):
     ANY_AGE = "unbiased at any age"
     FLOOR = "biased by its floor"
     CONTROL = "a control, no teacher"
+    SURROGATE = "span-exact, a surrogate"
+    HEURISTIC = "heuristic, truncated"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +72,9 @@ class CacheInfo:
     scored them, and did not draw them: ages are unknown."""
     known_draws: bool = True
     """The log-probs of the drawn ids are known, under the distribution that they are drawn from."""
+    span_rows: str | None = None
+    """Of a teacher with another tokenizer: the row of each span that has its best ids, `none`,
+    `starts` or `ends`. None for a teacher with the student's."""
     entropy_bounds: bool = False
     """The teacher returned only top-k log-probs: its entropy is an interval, its tail 1 - sum."""
 

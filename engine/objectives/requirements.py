@@ -1,5 +1,6 @@
 """Requirements: the data that an objective needs of a cache."""
 
+from logitcask.engine.alignment.span_scores import ENDS, NONE, STARTS
 from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.objectives.modifiers import (
     CrossEntropy,
@@ -11,13 +12,15 @@ from logitcask.engine.objectives.modifiers import (
     Stepwise,
 )
 from logitcask.engine.objectives.objective import Objective
-from logitcask.engine.objectives.presets import FULL_VOCAB_K
+from logitcask.engine.objectives.presets import FULL_VOCAB_K, SPAN_PRESETS
 from logitcask.engine.objectives.report import CacheInfo
+from logitcask.engine.objectives.spans.losses import SPAN_ROWS
 from logitcask.engine.objectives.supports import SAMPLED_SUPPORTS
 
 
 def check_served(objective: Objective, cache: CacheInfo) -> None:
     """Raise ObjectiveError unless the cache has the data that the objective needs."""
+    _check_spans(objective, cache)
     _check_draws(objective, cache)
     if not cache.known_draws:
         _check_unknown_draws(objective, cache)
@@ -35,13 +38,47 @@ def check_served(objective: Objective, cache: CacheInfo) -> None:
         _check_positions(objective, cache)
 
 
+def _check_spans(objective: Objective, cache: CacheInfo) -> None:
+    """Raise ObjectiveError for a teacher whose tokenizer does not fit the objective."""
+    if not objective.over_spans:
+        if cache.span_rows is None or any(
+            isinstance(each, FixedAdvantage) for each in objective.modifiers
+        ):
+            return
+        raise ObjectiveError(
+            "these scores are of spans, because the teacher has another tokenizer, and support "
+            f"{objective.support!r} needs the student's",
+            hint=f"train with --objective {' or '.join(SPAN_PRESETS)}",
+        )
+    needed = SPAN_ROWS.get(objective.divergence)
+    if needed is None:
+        return
+    if cache.span_rows not in (None, needed):
+        raise ObjectiveError(
+            f"{objective.divergence!r} compares the teacher's ids at the {_ROWS[needed]} row of "
+            f"each span, and these scores have them {_AT[str(cache.span_rows)]}",
+            hint=f"score again, under another name, with --span-topk {needed}, or train with "
+            "--objective span_advantage",
+        )
+    if objective.divergence in ("gold", "gold_bayesian") and not cache.at_student:
+        raise ObjectiveError(
+            f"{objective.divergence!r} takes an id of the student without a score for one that the "
+            "teacher has no token of, and the teacher did not score the student's ids",
+            hint="score with a teacher that can score chosen ids, or train with --objective simct",
+        )
+
+
+_ROWS = {STARTS: "first", ENDS: "last"}
+_AT = {NONE: "at no row", STARTS: "at the first row", ENDS: "at the last row"}
+
+
 def _check_draws(objective: Objective, cache: CacheInfo) -> None:
     if objective.support == "teacher_mc" and not cache.q_draws:
         raise ObjectiveError(
             "these scores are the teacher's top ids, and this objective averages over its draws",
             hint="score again, under another name, with --selection sampled --draws 50",
         )
-    if objective.support not in SAMPLED_SUPPORTS and cache.q_draws:
+    if _reads_ids(objective) and cache.q_draws:
         raise ObjectiveError(
             f"these scores are {cache.q_draws} ids drawn from the teacher, and support "
             f"{objective.support!r} is a top-k",
@@ -57,12 +94,19 @@ def _check_draws(objective: Objective, cache: CacheInfo) -> None:
         )
 
 
+def _reads_ids(objective: Objective) -> bool:
+    """Return whether the objective compares the teacher's ids, not draws or realised tokens."""
+    if objective.over_spans:
+        return objective.divergence in SPAN_ROWS
+    return objective.support not in SAMPLED_SUPPORTS
+
+
 def _check_unknown_draws(objective: Objective, cache: CacheInfo) -> None:
     """Raise ObjectiveError for what rests on the distribution that the tokens were drawn from."""
     names = [each.name for each in objective.modifiers if isinstance(each, Importance)]
     names += [each.name for each in objective.terms if not isinstance(each, CrossEntropy)]
     off = any(isinstance(each, FixedAdvantage) and each.is_off for each in objective.modifiers)
-    if objective.support in ("sampled", "mc") and not off:
+    if (objective.support in ("sampled", "mc") and not off) or objective.divergence == "advantage":
         cause = f"support {objective.support!r} averages over draws of the student"
     elif names:
         cause = f"modifier {names[0]!r} rests on draws of the student"
@@ -77,6 +121,13 @@ def _check_unknown_draws(objective: Objective, cache: CacheInfo) -> None:
 
 def _check_positions(objective: Objective, cache: CacheInfo) -> None:
     """Raise ObjectiveError for a modifier that looks at other positions of a response."""
+    if objective.divergence == "advantage" and objective.parameter:
+        raise ObjectiveError(
+            f"a return with gamma = {objective.parameter} looks at all positions of a response, "
+            f"and the teacher has scored {cache.scored}",
+            hint="repeat `logitcask score` with --positions all, which adds the others, or use "
+            "span_advantage(parameter=0)",
+        )
     for modifier in objective.modifiers:
         if isinstance(modifier, Prune | Stepwise | ReturnToGo):
             raise ObjectiveError(
@@ -103,7 +154,7 @@ def _check_rewards(objective: Objective, cache: CacheInfo) -> None:
 
 
 def _check_k(objective: Objective, cache: CacheInfo) -> None:
-    if objective.support in SAMPLED_SUPPORTS:
+    if objective.support in SAMPLED_SUPPORTS or objective.over_spans:
         return
     # With a bucket any kept list is exact for the coarsened models; else S(q) must be known.
     coarse = objective.tail == "bucket" and objective.support in ("teacher", "overlap")

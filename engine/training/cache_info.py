@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from logitcask.engine.alignment.span_scores import NONE
 from logitcask.engine.errors import IdentityError
 from logitcask.engine.objectives import (
     CacheInfo,
@@ -104,11 +105,19 @@ def cache_info(model: ModelRef | None, source: PackSource, allow_off_lineage: bo
         ),
         base=source.base is not None,
         mixture=str(source.teachers) if source.teachers.mixed else "",
+        span_rows=_span_rows([each.provenance for _, scores in kinds for each in scores]),
         rewards=all("reward" in dtypes_of(*pair) for pair in kinds),
         samples=int(sampling.get("n", 0)),
         entropy_bounds=source.bounded,
         scored=source.coverage(),
     )
+
+
+def _span_rows(provenances: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the row of each span that has the teacher's ids, None for one tokenizer."""
+    found = {each["alignment"]["rows"] for each in provenances if "alignment" in each}
+    # A teacher with the student's tokenizer has its ids at every row.
+    return found.pop() if len(found) == 1 else NONE if found else None
 
 
 def _origin(imported: Mapping[str, Any]) -> str:

@@ -74,6 +74,7 @@ def pack_loss(
             row_weight=row_weight,
             n_vocab=n_vocab,
             logit_transform=logit_transform,
+            bounds=bounds,
         )
         return PackLoss(loss, metrics, every)
     k = current_topk(objective, n_vocab)

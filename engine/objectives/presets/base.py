@@ -70,7 +70,7 @@ def with_fields(preset: Preset, changes: Mapping[str, Any]) -> Preset:
     if shaping and preset.objective.estimator != "divergence":
         raise ObjectiveError(
             f"{shaping[0]} = {changes[shaping[0]]} with objective {preset.name!r}: only a "
-            "divergence has another one, and this is a policy gradient",
+            f"divergence has another one, and this is {_KINDS[preset.objective.estimator]}",
             hint="start from teacher_topk, opd, overlap, union or non_overlap",
         )
     if "divergence" in changes:
@@ -111,6 +111,7 @@ def _needs(objective: Objective) -> str:
     return TAIL if objective.tail == "bucket" else KEPT
 
 
+_KINDS = {"policy_gradient": "a policy gradient", "spans": "a loss over spans"}
 _FORMULAS = {
     "reverse_kl": "KL({p} || {q})",
     "forward_kl": "KL({q} || {p})",

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logitcask.engine.metrics.metrics import LOG_RATIO_BOUND
+from logitcask.engine.objectives.bounds import NO_BOUNDS, SKIPPED, Bounds, rows_to_skip, skips
+from logitcask.engine.objectives.evaluate import DISTILL_PART, part_name
 from logitcask.engine.objectives.objective import Objective
 from logitcask.engine.objectives.spans.log_probs import SpanLogProbs
 from logitcask.engine.objectives.spans.losses import SPAN_LOSSES
+from logitcask.engine.objectives.spans.metrics import of_rows, span_metrics
+from logitcask.engine.objectives.supports import support_log_probs
 from logitcask.engine.packing.targets import Targets
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
 from logitcask.kernels.logit_transform import LogitTransform
@@ -31,27 +34,46 @@ def span_loss(
     row_weight: Tensor,
     n_vocab: int,
     logit_transform: LogitTransform,
+    bounds: Bounds = NO_BOUNDS,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss [] of P rows and metrics name -> [P]; arguments as those of pack_loss.
 
     The loss of a span has the weight of its first row, and none if one of its rows has none: a
-    span that is partly trained on has no log-prob of the part.
+    span that is partly trained on has no log-prob of the part. Terms of the sampled token have the
+    weights of the rows. Bounds that skip rows skip the spans that they are in.
     """
-    rows = targets.spanned()
-    run = partial(linear_sparse_kl, k=1, n_vocab=n_vocab, logit_transform=logit_transform)
-    log_p = _log_p(run, states, head, rows)
+    run = partial(linear_sparse_kl, n_vocab=n_vocab, logit_transform=logit_transform)
+    k = max(1, min(objective.current_topk, n_vocab))
+    log_p, x = _log_probs(run, k, states, head, targets.spanned())
+    metrics = span_metrics(x, objective)
+    weight = torch.where(x.trained, row_weight[x.first].to(log_p.dtype), 0.0)
+    if skips(objective, bounds):
+        skip = rows_to_skip(objective, metrics, bounds)
+        assert skip is not None, "skips() says that there are some"
+        skipped = x.sums(skip.to(log_p.dtype)) > 0
+        weight = torch.where(skipped, 0.0, weight)
+        row_weight = torch.where(skip, 0.0, row_weight)
+        metrics[SKIPPED] = torch.maximum(of_rows(x, skipped.to(log_p.dtype)), skip.to(log_p.dtype))
     with torch.enable_grad():
-        x = SpanLogProbs(log_p.requires_grad_(), rows)
         loss = SPAN_LOSSES[objective.divergence](x, objective.k, objective.parameter or 0.0)
-        weight = _weights(x, row_weight).to(loss.dtype)
         (at_ids,) = torch.autograd.grad((weight * loss).sum(), log_p)
-    of_row = loss.new_zeros(len(rows)).index_add(0, x.first, (weight * loss).detach())
+    of_row = _at_first(x, weight * loss.detach())
+    parts = {DISTILL_PART: _at_first(x, torch.where(weight != 0, loss.detach(), 0.0))}
+    inputs = support_log_probs(
+        x.rows, log_p.detach(), x.topk_index, x.rows.q_entropy, x.rows.cached, objective.support
+    )
+    for each in objective.terms:
+        added = each.term(inputs)
+        factor = each.weight * row_weight.to(log_p.dtype)
+        of_row = of_row + torch.where(factor != 0, factor * added.loss, 0.0)
+        at_ids = at_ids + torch.where(factor[:, None] != 0, factor[:, None] * added.at_ids, 0.0)
+        parts[part_name(each)] = added.loss
 
     def precomputed(view: ObjectiveInput) -> ObjectiveGrad:
         return _grad(of_row[view.index], at_ids[view.index])
 
-    result = run(states, head, rows.ids, precomputed)
-    return result.loss, _metrics(x)
+    result = run(states, head, x.rows.ids, precomputed, k=1)
+    return result.loss, metrics | (parts if objective.terms else {})
 
 
 @torch.no_grad()
@@ -68,56 +90,42 @@ def span_values(
 
     Arguments as those of span_loss. A span that is partly trained on has a loss of 0 here.
     """
-    rows = targets.spanned()
-    run = partial(linear_sparse_kl, k=1, n_vocab=n_vocab, logit_transform=logit_transform)
-    x = SpanLogProbs(_log_p(run, states, head, rows), rows)
+    run = partial(linear_sparse_kl, n_vocab=n_vocab, logit_transform=logit_transform)
+    k = max(1, min(objective.current_topk, n_vocab))
+    _, x = _log_probs(run, k, states, head, targets.spanned())
     loss = SPAN_LOSSES[objective.divergence](x, objective.k, objective.parameter or 0.0)
-    loss = torch.where(_weights(x, rows.weight) > 0, loss, 0.0)
-    return {**_metrics(x), "loss": loss.new_zeros(len(rows)).index_add(0, x.first, loss)}
+    loss = torch.where(x.trained, loss, 0.0)
+    return {**span_metrics(x, objective), "loss": _at_first(x, loss)}
 
 
 @torch.no_grad()
-def _log_p(run: Callable[..., Any], states: Tensor, head: Tensor, rows: Targets) -> Tensor:
-    """Return [P, C] log p of the current student at the columns."""
+def _log_probs(
+    run: Callable[..., Any], k: int, states: Tensor, head: Tensor, rows: Targets
+) -> tuple[Tensor, SpanLogProbs]:
+    """Return log p [P, C] of the current student at the columns, which takes a gradient, and both
+    models on the spans.
+    """
     log_p = states.new_empty(rows.ids.shape, dtype=torch.float32)
     if states.dtype == torch.float64:
         log_p = log_p.double()
+    top_ids = torch.empty(len(rows), k, dtype=torch.int64, device=states.device)
 
     def keep(view: ObjectiveInput) -> ObjectiveGrad:
         log_p[view.index] = view.log_p
+        top_ids[view.index] = view.top_ids
         return _grad(view.log_p.new_zeros(len(view.index)), torch.zeros_like(view.log_p))
 
-    run(states, head, rows.ids, keep)
-    return log_p
+    run(states, head, rows.ids, keep, k=k)
+    log_p.requires_grad_()
+    return log_p, SpanLogProbs(log_p, rows, rows.topk_index(top_ids))
 
 
-def _weights(x: SpanLogProbs, row_weight: Tensor) -> Tensor:
-    """Return [G] the weights of spans: of the first row, 0 where a row is not trained on."""
-    masked = x.sums((x.rows.weight == 0).to(x.log_p.dtype)) > 0
-    return torch.where(masked, 0.0, row_weight[x.first])
+def _at_first(x: SpanLogProbs, values: Tensor) -> Tensor:
+    """Return [P] of values [G]: each at the first row of its span, 0 elsewhere."""
+    return values.new_zeros(len(x.rows)).index_add(0, x.first, values)
 
 
 def _grad(loss: Tensor, at_ids: Tensor) -> ObjectiveGrad:
     """Return loss [C] and its derivatives [C, S] by log p at the listed ids, which are all."""
     dense = -at_ids.sum(-1)
     return ObjectiveGrad(loss, at_ids, dense, dense[:, None].expand_as(at_ids), {})
-
-
-@torch.no_grad()
-def _metrics(x: SpanLogProbs) -> dict[str, Tensor]:
-    """Return name -> [P]; a value of a span is shared by its rows."""
-    one = (x.tokens == 1) & (x.rows.require("span_tokens")[x.first] == 1)
-    per_token = (x.student - x.teacher) / x.tokens
-    log_r = (x.token_log_p - x.rows.student_logprobs).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    return {
-        "span/reverse_kl": _of_rows(x, per_token),
-        "span/one_to_one": _of_rows(x, one.to(x.log_p.dtype)),
-        "span/gap": (x.span == x.count).to(x.log_p.dtype),
-        "nll/student": -x.token_log_p.detach(),
-        "cache/approx_kl": log_r.exp() - 1 - log_r,
-    }
-
-
-def _of_rows(x: SpanLogProbs, values: Tensor) -> Tensor:
-    """Return [P] of values [G]; 0 for rows in no span."""
-    return torch.cat([values, values.new_zeros(1)])[x.span].detach()
