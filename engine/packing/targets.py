@@ -101,8 +101,9 @@ class Targets:
     its rows; ids -1 with a log-prob are the teacher's ids without a twin."""
     span_log_q: Tensor | None = None
     """[P] float32, the teacher's log-prob of the whole span, at each of its rows; nats."""
-    span_first_log_q: Tensor | None = None
-    """[P] float32, its log-prob of the span's first token of its own."""
+    span_row_log_q: Tensor | None = None
+    """[P] float32, its log-prob of its own token at the row of the span that has columns: the
+    first token, or the last."""
     span_tokens: Tensor | None = None
     """[P] int64, the teacher's tokens in the span."""
     q_entropy_hi: Tensor | None = None
@@ -137,7 +138,7 @@ class Targets:
             self,
             span=torch.arange(len(self), device=self.token.device),
             span_log_q=self.teacher_logprobs,
-            span_first_log_q=self.teacher_logprobs,
+            span_row_log_q=self.teacher_logprobs,
             span_tokens=torch.ones_like(self.token),
         )
 
@@ -181,7 +182,7 @@ _HINTS = {
     "later_advantage": "evaluate the objective by row_objective, which makes it",
     "q_entropy_hi": "score with a teacher that returns only top-k log-probs",
     **dict.fromkeys(
-        ("span", "span_log_q", "span_first_log_q", "span_tokens"),
+        ("span", "span_log_q", "span_row_log_q", "span_tokens"),
         "take the targets of `spanned`, which every teacher has",
     ),
 }
@@ -289,7 +290,7 @@ def _spans(flat: Mapping[str, Array]) -> dict[str, Array]:
     return {
         "span": np.where(own >= 0, number, -1),
         "span_log_q": flat["span_q"].astype(np.float32),
-        "span_first_log_q": flat["span_first_q"].astype(np.float32),
+        "span_row_log_q": flat["span_row_q"].astype(np.float32),
         "span_tokens": flat["span_tokens"].astype(np.int64),
     }
 

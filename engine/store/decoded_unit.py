@@ -32,7 +32,7 @@ ROW = {
     "base_token_lp": "float32",
     "span": "int32",
     "span_q": "float32",
-    "span_first_q": "float32",
+    "span_row_q": "float32",
     "span_tokens": "uint16",
 }
 """Arrays [P]; names as in Targets. Those of spans exist for a teacher with another tokenizer:
@@ -40,7 +40,7 @@ ROW = {
 UNMAPPED = 0xFFFFFFFF
 """In place of an id of `t_ids`: the student has no token of the same bytes. The sentinel is never a
 token: a vocabulary ends before it."""
-SPAN_ARRAYS = {"span", "span_q", "span_first_q", "span_tokens"}
+SPAN_ARRAYS = {"span", "span_q", "span_row_q", "span_tokens"}
 SCORED = "scored"
 """Array uint16 [P] of a unit of which some rows have no score: 1 = this row has one. A sequence has
 no row without a score, and no token after its last one."""
@@ -152,7 +152,7 @@ def with_spans(part: Mapping[str, Array]) -> dict[str, Array]:
     if "span" in part:
         return dict(part)
     q = part["q_token_lp"]
-    spans = {"span": np.arange(len(q)), "span_q": q, "span_first_q": q}
+    spans = {"span": np.arange(len(q)), "span_q": q, "span_row_q": q}
     return {**part, **spans, "span_tokens": np.ones(len(q), np.uint16)}
 
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from logitcask.engine.objectives import Objective, current_topk, loss_weights, row_objective
-from logitcask.engine.objectives.bounds import NO_BOUNDS, Bounds, skips
+from logitcask.engine.objectives.bounds import NO_BOUNDS, SKIPPED, Bounds, skips
 from logitcask.engine.objectives.evaluate import (
     has_known_support,
     is_renormalised,
+    part_names,
     support_objective,
 )
 from logitcask.engine.objectives.spans.evaluate import span_loss
@@ -29,6 +30,8 @@ from logitcask.kernels.indexed_linear import indexed_linear
 from logitcask.kernels.linear_sparse_kl import linear_sparse_kl
 from logitcask.kernels.logit_transform import PLAIN, LogitTransform
 
+OF_STUDENT = ("nll/student", "entropy/student", "cache/approx_kl", SKIPPED)
+"""Metrics that read no teacher."""
 GAMMA = 0x9E3779B97F4A7C15 - 2**64
 """The odd number nearest to 2^64 over the golden ratio, signed."""
 
@@ -91,7 +94,11 @@ def pack_loss(
             n_vocab=n_vocab,
             logit_transform=logit_transform,
         )
-        return PackLoss(result.loss, result.metrics, every)
+        found = result.metrics
+        if targets.span is not None:  # an objective without a teacher
+            own = {*OF_STUDENT, *part_names(objective)}
+            found = {name: values for name, values in found.items() if name in own}
+        return PackLoss(result.loss, found, every)
     ids, tokenizer_vocab = support_objective(objective, targets)
     loss = indexed_linear(
         states,

@@ -6,6 +6,7 @@ the hidden states. So no loss of spans has a kernel of its own.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -44,27 +45,29 @@ def span_loss(
     """
     run = partial(linear_sparse_kl, n_vocab=n_vocab, logit_transform=logit_transform)
     k = max(1, min(objective.current_topk, n_vocab))
-    log_p, x = _log_probs(run, k, states, head, targets.spanned())
-    metrics = span_metrics(x, objective)
-    weight = torch.where(x.trained, row_weight[x.first].to(log_p.dtype), 0.0)
+    x = _log_probs(run, k, states, head, targets.spanned())
+    metrics, dtype = span_metrics(x, objective), x.log_p.dtype
+    weight = torch.where(x.trained, row_weight[x.first].to(dtype), 0.0)
     if skips(objective, bounds):
         skip = rows_to_skip(objective, metrics, bounds)
-        assert skip is not None, "skips() says that there are some"
-        skipped = x.sums(skip.to(log_p.dtype)) > 0
+        assert skip is not None, "skips() is true"
+        skipped = x.sums(skip.to(dtype)) > 0
         weight = torch.where(skipped, 0.0, weight)
         row_weight = torch.where(skip, 0.0, row_weight)
-        metrics[SKIPPED] = torch.maximum(of_rows(x, skipped.to(log_p.dtype)), skip.to(log_p.dtype))
+        metrics[SKIPPED] = torch.maximum(of_rows(x, skipped.to(dtype)), skip.to(dtype))
+    log_p = x.log_p.clone().requires_grad_()
     with torch.enable_grad():
-        loss = SPAN_LOSSES[objective.divergence](x, objective.k, objective.parameter or 0.0)
+        moving = replace(x, log_p=log_p)
+        loss = SPAN_LOSSES[objective.divergence](moving, objective.k, objective.parameter or 0.0)
         (at_ids,) = torch.autograd.grad((weight * loss).sum(), log_p)
     of_row = _at_first(x, weight * loss.detach())
     parts = {DISTILL_PART: _at_first(x, torch.where(weight != 0, loss.detach(), 0.0))}
     inputs = support_log_probs(
-        x.rows, log_p.detach(), x.topk_index, x.rows.q_entropy, x.rows.cached, objective.support
+        x.rows, x.log_p, x.topk_index, x.rows.q_entropy, x.rows.cached, objective.support
     )
     for each in objective.terms:
         added = each.term(inputs)
-        factor = each.weight * row_weight.to(log_p.dtype)
+        factor = each.weight * row_weight.to(dtype)
         of_row = of_row + torch.where(factor != 0, factor * added.loss, 0.0)
         at_ids = at_ids + torch.where(factor[:, None] != 0, factor[:, None] * added.at_ids, 0.0)
         parts[part_name(each)] = added.loss
@@ -92,7 +95,7 @@ def span_values(
     """
     run = partial(linear_sparse_kl, n_vocab=n_vocab, logit_transform=logit_transform)
     k = max(1, min(objective.current_topk, n_vocab))
-    _, x = _log_probs(run, k, states, head, targets.spanned())
+    x = _log_probs(run, k, states, head, targets.spanned())
     loss = SPAN_LOSSES[objective.divergence](x, objective.k, objective.parameter or 0.0)
     loss = torch.where(x.trained, loss, 0.0)
     return {**span_metrics(x, objective), "loss": _at_first(x, loss)}
@@ -101,10 +104,8 @@ def span_values(
 @torch.no_grad()
 def _log_probs(
     run: Callable[..., Any], k: int, states: Tensor, head: Tensor, rows: Targets
-) -> tuple[Tensor, SpanLogProbs]:
-    """Return log p [P, C] of the current student at the columns, which takes a gradient, and both
-    models on the spans.
-    """
+) -> SpanLogProbs:
+    """Return both models on the spans, without a gradient."""
     log_p = states.new_empty(rows.ids.shape, dtype=torch.float32)
     if states.dtype == torch.float64:
         log_p = log_p.double()
@@ -116,8 +117,7 @@ def _log_probs(
         return _grad(view.log_p.new_zeros(len(view.index)), torch.zeros_like(view.log_p))
 
     run(states, head, rows.ids, keep, k=k)
-    log_p.requires_grad_()
-    return log_p, SpanLogProbs(log_p, rows, rows.topk_index(top_ids))
+    return SpanLogProbs(log_p, rows, rows.topk_index(top_ids))
 
 
 def _at_first(x: SpanLogProbs, values: Tensor) -> Tensor:

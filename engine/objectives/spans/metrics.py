@@ -11,9 +11,8 @@ from logitcask.engine.objectives.spans.losses import SPAN_ROWS
 from logitcask.engine.objectives.spans.sorted_probs import uld_bounds
 
 
-@torch.no_grad()
 def span_metrics(x: SpanLogProbs, objective: Objective) -> dict[str, Tensor]:
-    """Return name -> [P]; a value of a span is shared by its rows.
+    """Return name -> [P] of log-probs without a gradient; a value of a span is shared by its rows.
 
     span/reverse_kl   (log p - log q) of the span for each token of the student, nats
     span/one_to_one   1 in a span of one token on both sides
@@ -39,7 +38,7 @@ def span_metrics(x: SpanLogProbs, objective: Objective) -> dict[str, Tensor]:
         found["span/tail"] = of_rows(x, x.rows.q_log_tail[row].to(dtype).exp())
     if objective.divergence == "uld":
         found["span/uld_width"] = of_rows(x, uld_bounds(x, objective.k)[1])
-    return {name: value.detach() for name, value in found.items()}
+    return found
 
 
 def of_rows(x: SpanLogProbs, values: Tensor) -> Tensor:

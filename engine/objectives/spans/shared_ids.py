@@ -6,7 +6,7 @@ their mean over its tokens. A row's logits have a free constant, so that value c
 of one row's logits. Here they are log-probs: at the shared ids those of the span's first row, of
 the span the *sum* over its tokens, the log-prob that the model writes it. A mean would be of no
 event. Shared ids are those of the columns, not of the vocabularies. A first token that is shared
-stays an entry beside its span, as in the source.
+stays an entry next to its span, as in the source.
 
 X-Token, arXiv 2605.21699; NeMo-RL, loss_functions.py, _compute_p_kl: T^2 KL(q~ || p~) at
 temperature T, the student projected to the teacher's ids. Here the ids are the columns of the

@@ -64,7 +64,7 @@ def _hybrid(x: SpanLogProbs, row: Tensor, beta: float) -> Tensor:
     at = x.at(row)
     # Log-probs of the span's other tokens.
     p_others = torch.where(x.known, x.student - x.token_log_p[row], 0.0)[:, None]
-    q_row = x.rows.require("span_first_log_q")[row].to(x.log_p.dtype)
+    q_row = x.rows.require("span_row_log_q")[row].to(x.log_p.dtype)
     q_others = torch.where(x.known, x.teacher - q_row, 0.0)[:, None]
     log_p, log_q = at.log_p + p_others, at.log_q + q_others
     matched = jsd(

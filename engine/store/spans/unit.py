@@ -52,11 +52,12 @@ def decode_span_unit(seg_id: str, rollouts: Rollouts, scores: SpanScores) -> Dec
     )
     one = (own.tokens == 1) & (of.tokens == 1)
     before = starts((scores.student_marks & END) != 0)[rollouts.seq_off[:-1]]
+    row_token = of.last if scores.rows == ENDS else of.first
     number = own.span - np.repeat(before, np.diff(rollouts.seq_off))
     arrays = rollout_arrays(rollouts, student) | {
         "span": np.where(own.span < 0, -1, number),
         "span_q": _of_rows(own, total, np.nan),
-        "span_first_q": _of_rows(own, scores.log_probs[of.first], np.nan),
+        "span_row_q": _of_rows(own, scores.log_probs[row_token], np.nan),
         "span_tokens": _of_rows(own, of.tokens, 0),
         "q_token_lp": _of_rows(own, np.where(one, total, np.nan), np.nan),
     }

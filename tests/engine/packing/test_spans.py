@@ -63,8 +63,8 @@ def test_targets_have_the_values_of_a_plain_join(store: Store, rows: str) -> Non
                 last = row["span"]
             assert targets.span[r] == (number if row["span"] >= 0 else -1)
             assert targets.span_tokens[r] == row["span_tokens"]
-            own = [targets.span_log_q[r], targets.span_first_log_q[r], targets.teacher_logprobs[r]]
-            expected = [row["span_q"], row["span_first_q"], row["q_token_lp"]]
+            own = [targets.span_log_q[r], targets.span_row_log_q[r], targets.teacher_logprobs[r]]
+            expected = [row["span_q"], row["span_row_q"], row["q_token_lp"]]
             np.testing.assert_allclose(own, expected, rtol=1e-6)
             listed = {v: lp for v, lp, *_ in row["s"]} | {
                 v: lp for v, lp, _ in row["t"] if v != 0xFFFFFFFF

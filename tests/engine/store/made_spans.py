@@ -113,7 +113,7 @@ def slow_rows(rollouts: Rollouts, scores: SpanScores) -> list[dict[str, Any]]:
     """Join scores with the student one row at a time, as the words of `SpanScores` say."""
     assert rollouts.student is not None
     twin_of = dict(zip(scores.piece_ids.tolist(), scores.piece_twins.tolist(), strict=True))
-    none = {"span": -1, "span_q": np.nan, "span_first_q": np.nan, "span_tokens": 0}
+    none = {"span": -1, "span_q": np.nan, "span_row_q": np.nan, "span_tokens": 0}
     none |= {"q_token_lp": np.nan, "q_entropy": np.nan, "q_log_tail": 0.0, "kept": 0}
     rows = [none | {"s": [], "t": []} for _ in range(rollouts.positions)]
     student = np.concatenate([[0], np.cumsum(rollouts.student.cnt, dtype=int)])
@@ -129,7 +129,8 @@ def slow_rows(rollouts: Rollouts, scores: SpanScores) -> list[dict[str, Any]]:
             one = len(own) == len(of) == 1
             for r in own:
                 rows[r] |= {"span": number, "span_q": q, "span_tokens": len(of)}
-                rows[r]["span_first_q"] = float(scores.log_probs[of[0]])
+                row_token = of[-1] if scores.rows == ENDS else of[0]
+                rows[r]["span_row_q"] = float(scores.log_probs[row_token])
                 rows[r]["q_token_lp"] = q if one else np.nan
             if scores.rows != NONE:
                 at = own[-1] if scores.rows == ENDS else own[0]
