@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from logitcask.engine.alignment.alignment import Alignment
+from logitcask.engine.alignment.span_scores import NONE
 from logitcask.engine.backends.base import close_backend, open_backend
 from logitcask.engine.config.sections import Run
 from logitcask.engine.config.teacher import Score, Teacher
@@ -11,6 +13,7 @@ from logitcask.engine.errors import ConfigError
 from logitcask.engine.events import CancelToken
 from logitcask.engine.models import identity
 from logitcask.engine.models.forward import inner_model
+from logitcask.engine.teachers.alignment import RolloutText
 from logitcask.engine.teachers.checks import check_identity
 from logitcask.engine.teachers.remote import (
     check_declared,
@@ -20,7 +23,11 @@ from logitcask.engine.teachers.remote import (
     remote_model_ref,
     urls_of,
 )
-from logitcask.engine.teachers.token_maps import SharedVocabulary, shared_vocabulary
+from logitcask.engine.teachers.token_maps import (
+    OtherVocabulary,
+    SharedVocabulary,
+    shared_vocabulary,
+)
 from logitcask.engine.teachers.verified import VerifiedTeacher
 from logitcask.engine.types import ModelRef, Prompt, ScoreParams
 
@@ -70,6 +77,8 @@ class LoadedTeacher:
     scorer: Any
     shared: SharedVocabulary | None
     """Map between its tokenizer and the student's; None = they are equal."""
+    alignment: Alignment | None = None
+    """Of a teacher with another tokenizer, which scores spans; None = its ids are the student's."""
     notes: tuple[str, ...] = ()
     """Lines about it for the user."""
     provenance_extra: Mapping[str, Any] = field(default_factory=dict)
@@ -85,6 +94,10 @@ class LoadedTeacher:
         ConfigError if nothing useful is left.
         """
         request = settings.params(seed)
+        if self.alignment is not None and self.alignment.rows == NONE:
+            # Log-probs of its own tokens alone: a server returns one id at least.
+            least = ScoreParams(entry_kind="topk", top_p=1.0, k_min=1, k_max=1, at_student=False)
+            return least, ()
         if "at_ids" in self.scorer.capabilities or not request.at_student:
             return request, ()
         if settings.extra_ids:
@@ -109,10 +122,12 @@ def open_teacher(
     exact: bool,
     k_max: int,
     cancel: CancelToken,
+    text: RolloutText | None = None,
 ) -> LoadedTeacher:
     """Load a teacher, or connect to one at a URL. student: provenance of the model that sampled the
     rollouts; template: prompts are rendered by the chat template; k_max: largest top-k per position
-    of the requests; cancel: ends waits for unavailable servers.
+    of the requests; cancel: ends waits for unavailable servers; text: of the rollouts, for a
+    teacher with another tokenizer; None = it is refused.
 
     Raises ConfigError for settings that have no meaning for such a teacher; IdentityError for a
     tokenizer that is not the student's and cannot be compared with it, and for a server that serves
@@ -125,7 +140,7 @@ def open_teacher(
                 "exact, and the teacher is at a URL: a server does not show its hidden states",
                 hint="leave --exact out, or give a model folder or hub id with --backend vllm",
             )
-        return _open_served(teacher, run, student, template, k_max, cancel)
+        return _open_served(teacher, run, student, template, k_max, cancel, text)
     for key in ("served", "tokenizer", "server", "api_key_file"):
         value = getattr(teacher, key)
         if value and value != Teacher.model_fields[key].default:
@@ -134,9 +149,9 @@ def open_teacher(
                 hint=f"leave --{key.replace('_', '-')} out, or give --model http://HOST:PORT",
             )
     own = identity.model_ref(teacher.model, revision=teacher.revision, chat_template=template)
-    model, shared, notes = _shared(own, student, teacher.student_tokenizer)
-    scorer = backend(model, run, exact=exact, tokenizer_vocab=own.n_vocab)
-    return LoadedTeacher(model=model, scorer=scorer, shared=shared, notes=tuple(notes))
+    found = _compared(own, student, teacher.student_tokenizer, text)
+    scorer = backend(found.model, run, exact=exact, tokenizer_vocab=own.n_vocab)
+    return replace(found, scorer=scorer)
 
 
 def _open_served(
@@ -146,6 +161,7 @@ def _open_served(
     template: bool,
     k_max: int,
     cancel: CancelToken,
+    text: RolloutText | None,
 ) -> LoadedTeacher:
     if run.backend not in ("auto", "server"):
         raise ConfigError(
@@ -174,7 +190,8 @@ def _open_served(
         )
         checked = check_tokenizer(model, server.tokenize)
         server.n_vocab = own = model.n_vocab
-        model, shared, notes = _shared(model, student, teacher.student_tokenizer)
+        found = _compared(model, student, teacher.student_tokenizer, text)
+        model, notes = found.model, [*found.notes]
         if not checked:
             notes.append(f"{model.name}: the server does not tokenize, so its map is taken on word")
         head = identity.from_config(identity.read_config(model.path), "vocab_size")
@@ -185,22 +202,33 @@ def _open_served(
     except BaseException:
         server.close()
         raise
-    return LoadedTeacher(
-        model=model,
-        scorer=same,
-        shared=shared,
-        notes=tuple(notes),
-        provenance_extra=same.provenance(),
-    )
+    return replace(found, scorer=same, notes=tuple(notes), provenance_extra=same.provenance())
 
 
-def _shared(
-    model: ModelRef, student: Mapping[str, Any], source: str
-) -> tuple[ModelRef, SharedVocabulary | None, list[str]]:
-    """Return the teacher over the ids that the student has too, and notes on the two; raises before
-    its weights are read.
+def _compared(
+    model: ModelRef, student: Mapping[str, Any], source: str, text: RolloutText | None
+) -> LoadedTeacher:
+    """Return the teacher without a scorer: over the ids that the student has too, or aligned with
+    it; raises before its weights are loaded.
+
+    source: a folder or hub id with the student's tokenizer. With it, tokenizers that agree on half
+    of all ids are compared id by id, although they could be aligned.
     """
-    shared = shared_vocabulary(student, model, source)
+    shared, alignment = None, None
+    is_same = student["tokenizer"] == model.tokenizer_digest
+    if text is None or is_same or source:
+        try:
+            shared = shared_vocabulary(student, model, source)
+        except OtherVocabulary:
+            if text is None:
+                raise
+    if text is not None and shared is None and not is_same:
+        alignment = text.align(model, student, source)
+    elif text is not None:
+        text.check_unaligned(model)
     if shared is not None:
         model = replace(model, n_vocab=shared.n_vocab)
-    return model, shared, check_identity(student, model, shared)
+    notes = check_identity(student, model, shared, alignment)
+    return LoadedTeacher(
+        model=model, scorer=None, shared=shared, alignment=alignment, notes=tuple(notes)
+    )

@@ -1,27 +1,30 @@
 """`logitcask score`: a teacher scores stored rollouts."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from logitcask.engine.backends.base import close_backend
 from logitcask.engine.commands.load_teacher import open_teacher
 from logitcask.engine.commands.resolve import columns_in, rendering_of
 from logitcask.engine.config.sections import ScoreConfig
-from logitcask.engine.config.teacher import FILE, Score, is_file
+from logitcask.engine.config.teacher import FILE, is_file
 from logitcask.engine.estimate.left import Approve, WorkLeft, refuse_full_disk, units_left
 from logitcask.engine.events import CancelToken, EventHandler
 from logitcask.engine.models import identity
 from logitcask.engine.prompts.encode import readable
 from logitcask.engine.prompts.prompts import load_tokenizer, read_prompts
-from logitcask.engine.prompts.source import Source, open_source
+from logitcask.engine.prompts.source import open_source
 from logitcask.engine.prompts.teacher_context import read_template, templated
-from logitcask.engine.prompts.templates import Rendering
 from logitcask.engine.score.plan import ScoreReport, score
 from logitcask.engine.score.planner import plan_scores
 from logitcask.engine.score.positions_file import read_positions
 from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import Snapshot, Store, open_store
+from logitcask.engine.teachers.alignment import RolloutText
 from logitcask.engine.teachers.remote import is_remote
+from logitcask.engine.teachers.token_maps import student_tokenizer
 from logitcask.engine.types import ModelRef, Progress, Prompt, no_progress
 
 
@@ -66,23 +69,27 @@ def score_request(
         segments = snapshot.rollouts(config.store.rollouts)
         listed.check_prompts(p.id for each in segments for p in store.read_prompts(each))
         positions = listed.name
-    template = rendering_of(snapshot, config.store.rollouts).chat_template
+    said = list[str]()
+    text = _text(config, store, snapshot, said.append)
     student = snapshot.rollouts(config.store.rollouts)[0].provenance["student"]
     teacher = open_teacher(
         config.teacher,
         config.run,
         student,
-        template=template,
+        template=text.rendering.chat_template,
         exact=config.score.exact,
         k_max=config.score.teacher_topk_max,
         cancel=cancel,
+        text=text,
     )
     try:
-        model = teacher.model
+        model, alignment, context = teacher.model, teacher.alignment, None
         params, notes = teacher.score_params(config.score, config.run.seed)
-        context, said = None, list[str]()
         if config.score.teacher_kind == "context":
-            context = _context(config, store, model, snapshot, said.append)
+            source = student if alignment is not None else None
+            context = teacher_context(text, model, source, named=config.teacher.student_tokenizer)
+            if alignment is not None:
+                alignment = replace(alignment, prompts=context)
         return ScoreRequest(
             store=store,
             model=model,
@@ -98,6 +105,7 @@ def score_request(
             profile=config.store.profile,
             eos_rows=config.score.foreign_eos,
             shared=teacher.shared,
+            alignment=alignment,
             notes=(*teacher.notes, *notes, *said),
             provenance_extra=teacher.provenance_extra,
         )
@@ -106,61 +114,56 @@ def score_request(
         raise
 
 
-def _context(
-    config: ScoreConfig,
-    store: Store,
-    model: ModelRef,
-    snapshot: Snapshot,
-    on_event: EventHandler,
-) -> dict[str, Prompt]:
-    """Return the teacher's prompts by id for stored rollouts, as `teacher_context`."""
+def _text(
+    config: ScoreConfig, store: Store, snapshot: Snapshot, on_event: EventHandler
+) -> RolloutText:
+    """Return the text of stored rollouts, for the teachers that read it."""
     segments = snapshot.rollouts(config.store.rollouts)
     rendering = rendering_of(snapshot, config.store.rollouts)
     source = None
     if config.score.prompts is not None:
         source = open_source(config.score.prompts, columns_in(rendering.source))
-    return teacher_context(
-        config.score,
-        model,
-        rendering,
+    return RolloutText(
+        score=config.score,
+        rendering=rendering,
+        stored=lambda: (prompt for segment in segments for prompt in store.read_prompts(segment)),
         source=source,
-        stored=(prompt for segment in segments for prompt in store.read_prompts(segment)),
         max_new_tokens=int(segments[0].provenance["set"]["max_new_tokens"]),
         on_event=on_event,
     )
 
 
 def teacher_context(
-    settings: Score,
-    model: ModelRef,
-    rendering: Rendering,
-    *,
-    source: Source | None,
-    stored: Iterable[Prompt],
-    max_new_tokens: int,
-    on_event: EventHandler,
+    text: RolloutText, model: ModelRef, student: Mapping[str, Any] | None, *, named: str = ""
 ) -> dict[str, Prompt]:
     """Return the teacher's prompts by id, rendered as those of the rollouts were; each leaves room
     for the longest response.
 
-    rendering, stored: of the rollouts; source: their prompts file, for a template. Notes on the
-    rendering go to `on_event`.
+    student: provenance of a student with another tokenizer, named: a folder or hub id with it;
+    None = the tokenizers are equal. Notes on the rendering are events of `text`.
     """
-    tokenizer = load_tokenizer(model.path)
-    rendering, unread = readable(tokenizer, rendering)
+    settings, tokenizer = text.score, load_tokenizer(model.path)
+    rendering, unread = readable(tokenizer, text.rendering)
     for note in unread:
-        on_event(f"{model.name}: {note}")
-    most = identity.context_length(model.path) - max_new_tokens
+        text.on_event(f"{model.name}: {note}")
+    most = identity.context_length(model.path) - text.max_new_tokens
     if settings.context is not None:
         read = read_prompts(
             settings.context,
             tokenizer,
             rendering,
             max_prompt_tokens=most,
-            on_event=on_event,
+            on_event=text.on_event,
         )
         return {each.id: each for each in read}
     assert settings.prompt_template is not None, "teacher_kind = context has one of them"
-    assert source is not None, "a template has prompts"
-    template = read_template(settings.prompt_template)
-    return templated(source, template, stored, tokenizer, rendering, max_prompt_tokens=most)
+    assert text.source is not None, "a template has prompts"
+    return templated(
+        text.source,
+        read_template(settings.prompt_template),
+        text.stored(),
+        tokenizer,
+        rendering,
+        max_prompt_tokens=most,
+        student=None if student is None else (student_tokenizer(student, named), text.rendering),
+    )

@@ -39,8 +39,9 @@ class Teacher(Section):
     student_tokenizer: str = Field(
         "",
         description="For a teacher whose tokenizer is not the student's: folder or hub id with the "
-        "student's, and the two are compared id by id. Ids that are other tokens to the one than "
-        "to the other are listed, and refused where they occur.",
+        "student's; empty = the student's recorded name. Given, two that agree on half of all ids "
+        "are compared id by id: ids that are other tokens to the one than to the other are listed, "
+        "and refused where they occur. All others score spans of equal bytes.",
     )
     served: str = Field(
         "",
@@ -86,7 +87,8 @@ class Score(Section):
     )
     prompts: Path | None = Field(
         None,
-        description="With --prompt-template: the prompts file that `rollout` read.",
+        description="The prompts file that `rollout` read: for --prompt-template, and for a "
+        "teacher with another tokenizer, whose own chat template then renders them.",
         validate_default=True,
     )
     selection: Literal["top-p", "top-k", "sampled"] = Field(
@@ -116,6 +118,12 @@ class Score(Section):
         ScoreParams().k_max,
         description="Ids kept at most: bounds the bytes of unsure positions.",
         validate_default=True,
+    )
+    span_topk: Literal["starts", "ends", "none"] = Field(
+        "starts",
+        description="For a teacher with another tokenizer: the row of each span that has its best "
+        "ids, that of its first token or of its last; none = log-probs of its tokens alone, a few "
+        "bytes a position.",
     )
     exact: bool = Field(
         False,
@@ -165,8 +173,10 @@ class Score(Section):
     @field_validator("prompts")
     @classmethod
     def _fills_template(cls, prompts: Path | None, info: ValidationInfo) -> Path | None:
-        if (prompts is None) != (info.data.get("prompt_template") is None):
-            raise ValueError("must be given with prompt_template, and only then")
+        if prompts is None and info.data.get("prompt_template") is not None:
+            raise ValueError("must be given with prompt_template")
+        if prompts is not None and info.data.get("context") is not None:
+            raise ValueError("must be left out with context, which has the teacher's prompts")
         return prompts
 
     @field_validator("draws")

@@ -263,6 +263,7 @@ class LoopSetup:
             profile=config.store.profile,
             eos_rows=config.score.foreign_eos,
             shared=teacher.shared,
+            alignment=teacher.alignment,
             provenance_extra=record,
         )
 

@@ -83,20 +83,36 @@ def read_template(file: Path) -> Template:
 
 def templated(
     source: Source,
-    template: Template,
+    template: Template | None,
     stored: Iterable[Prompt],
     tokenizer: Any,
     rendering: Rendering,
     *,
     max_prompt_tokens: int,
+    student: tuple[Any, Rendering] | None = None,
 ) -> dict[str, Prompt]:
-    """Return id -> prompt of a prompts file, with the template.
+    """Return id -> prompt of a prompts file, with the template; None = without one.
 
-    stored: the prompts of the rollouts, equal to those of the file without the template. Raises
-    PromptError for a file that lacks one, IdentityError for one with other tokens.
+    stored: the prompts of the rollouts, equal to those of the file without the template. student:
+    tokenizer and rendering of these; None = those of the teacher. Raises PromptError for a file
+    that lacks one, IdentityError for one with other tokens.
     """
     read = partial(read_prompts, source, tokenizer, rendering, max_prompt_tokens=max_prompt_tokens)
-    plain = {prompt.id: prompt for prompt in read()}
+    if student is None:
+        _check_stored(source, read(), stored, "this teacher")
+    else:
+        # The teacher's limit of tokens is not the student's.
+        plain = read_prompts(source, *student, max_prompt_tokens=1 << 62)
+        _check_stored(source, plain, stored, "the student")
+    change = None if template is None else template.fill
+    return {prompt.id: prompt for prompt in read(change=change)}
+
+
+def _check_stored(
+    source: Source, read: Iterable[Prompt], stored: Iterable[Prompt], of: str
+) -> None:
+    """Raise as `templated` unless the prompts of a file are those of the rollouts."""
+    plain = {prompt.id: prompt for prompt in read}
     for prompt in stored:
         if prompt.id not in plain:
             raise PromptError(
@@ -106,8 +122,7 @@ def templated(
         if plain[prompt.id].token_ids != prompt.token_ids:
             raise IdentityError(
                 f"{source.file}: prompt {prompt.id!r} differs from the prompt of the rollouts: "
-                "rendered for this teacher it has other tokens",
+                f"rendered for {of} it has other tokens",
                 hint="give the prompts file that `logitcask rollout` read, and a teacher with "
                 "the student's chat template; or write the rendered prompts to a --context file",
             )
-    return {prompt.id: prompt for prompt in read(change=template.fill)}

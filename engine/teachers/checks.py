@@ -33,7 +33,8 @@ def check_identity(
             f"the student's tokenizer is {student['tokenizer']}, "
             f"that of {model.name} is {model.tokenizer_digest}",
             hint="take a teacher with the student's tokenizer; if they differ only in tokens "
-            "that do not occur, give the student's, a folder or hub id, with --student-tokenizer",
+            "that do not occur, give the student's, a folder or hub id, with --student-tokenizer; "
+            "for any other, score its spans and take an objective over spans",
         )
     elif student["n_vocab"] != model.n_vocab:
         raise IdentityError(

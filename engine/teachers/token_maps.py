@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from logitcask.engine.errors import IdentityError, UnitError
+from logitcask.engine.errors import ConfigError, IdentityError, ModelError, UnitError
 from logitcask.engine.models.fingerprint import MIN_PROB
 from logitcask.engine.models.identity import resolve_model, tokenizer_digest
 from logitcask.engine.prompts.prompts import load_tokenizer
@@ -20,6 +20,10 @@ from logitcask.engine.types import Array, IdLists, ModelRef, Rollouts, ScorePara
 
 SHOWN = 6
 """Maximum number of ids in a message."""
+
+
+class OtherVocabulary(IdentityError):
+    """Two tokenizers that agree on less than half of all ids."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,25 +106,48 @@ def shared_vocabulary(
     """Compare two tokenizers; None if they are the same, or without `source`.
 
     student: its provenance, with a digest of its tokenizer; source: a folder or hub id with that
-    tokenizer. Raises IdentityError if source has another tokenizer, or if the two agree on less
-    than half of all ids; ModelError if it is not found.
+    tokenizer. Raises IdentityError if source has another tokenizer, OtherVocabulary if the two
+    agree on less than half of all ids, ModelError if it is not found.
     """
     if student["tokenizer"] == teacher.tokenizer_digest or not source:
         return None
-    ours = load_tokenizer(resolve_model(source, weights=False))
-    if tokenizer_digest(ours) != student["tokenizer"]:
-        raise IdentityError(
-            f"the tokenizer in {source} is {tokenizer_digest(ours)}, and that of the student is "
-            f"{student['tokenizer']}",
-            hint="give the folder or hub id of the student that sampled, or of its tokenizer",
-        )
-    theirs = load_tokenizer(teacher.path)
+    ours, theirs = student_tokenizer(student, source), load_tokenizer(teacher.path)
     return compare_maps(
         _by_id(ours),
         _by_id(theirs),
         student["tokenizer"],
         teacher.tokenizer_digest,
         name=teacher.name,
+    )
+
+
+def student_tokenizer(student: Mapping[str, Any], source: str = "") -> Any:
+    """Load the tokenizer of a student.
+
+    student: its provenance; source: a folder or hub id with that tokenizer, "" = the recorded name
+    of the student. Raises IdentityError if `source` has another tokenizer, ModelError if it is not
+    found; ConfigError for either of a recorded name.
+    """
+    name, revision = (source, "") if source else (student["name"], student["revision"])
+    try:
+        found = load_tokenizer(resolve_model(name, revision, weights=False))
+    except ModelError as error:
+        if source:
+            raise
+        raise ConfigError(
+            f"the teacher has another tokenizer than the student, and that of the student, "
+            f"{name!r:.80}, is not here: {error.cause}",
+            hint="give a folder or hub id with the student's tokenizer: --student-tokenizer",
+        ) from error
+    if (digest := tokenizer_digest(found)) == student["tokenizer"]:
+        return found
+    cause = f"the tokenizer in {name} is {digest}, and that of the student is "
+    cause += str(student["tokenizer"])
+    if source:
+        hint = "give the folder or hub id of the student that sampled, or of its tokenizer"
+        raise IdentityError(cause, hint=hint)
+    raise ConfigError(
+        cause, hint="give a folder or hub id with the student's tokenizer: --student-tokenizer"
     )
 
 
@@ -142,14 +169,14 @@ def compare_maps(
 ) -> SharedVocabulary:
     """Compare {id: token} of student and teacher.
 
-    student, teacher: digests of their tokenizers; name: of the teacher. Raises IdentityError if
+    student, teacher: digests of their tokenizers; name: of the teacher. Raises OtherVocabulary if
     they agree on less than half of all ids.
     """
     both = ours.keys() & theirs.keys()
     same = [i for i in both if ours[i] == theirs[i]]
     every = ours.keys() | theirs.keys()
     if 2 * len(same) < len(every):
-        raise IdentityError(
+        raise OtherVocabulary(
             f"the student's tokenizer and that of {name} agree on {len(same)} of {len(every)} ids",
             hint="take a teacher with the student's tokenizer; there is no override: ids would "
             "mean other tokens",

@@ -11,7 +11,8 @@ from logitcask.engine.distill.setup import LoopInput
 from logitcask.engine.errors import PromptError
 from logitcask.engine.events import CancelToken, EventHandler
 from logitcask.engine.prompts.source import open_source
-from logitcask.engine.types import ModelRef, Prompt
+from logitcask.engine.teachers.alignment import RolloutText
+from logitcask.engine.types import Prompt
 
 
 def open_loop_teacher(
@@ -22,7 +23,7 @@ def open_loop_teacher(
     live: load no weights of one that follows, for the model in training scores. Raises as
     `open_teacher` does, and PromptError for a context that lacks a prompt.
     """
-    config = inputs.config
+    config, text = inputs.config, _text(inputs, on_event)
     if inputs.follow_every:
         scorer: Any = open_backend("hf")
         if not live:
@@ -37,16 +38,35 @@ def open_loop_teacher(
             exact=config.score.exact,
             k_max=config.score.teacher_topk_max,
             cancel=cancel,
+            # Before it is loaded: another objective cannot read scores of spans.
+            text=text if inputs.preset.objective.over_spans else None,
         )
     try:
-        return replace(teacher, context=context_of(inputs, teacher.model, on_event))
+        context = context_of(inputs, teacher, text)
+        alignment = teacher.alignment
+        if alignment is not None and context is not None:
+            alignment = replace(alignment, prompts=context)
+        return replace(teacher, context=context, alignment=alignment)
     except BaseException:
         teacher.close()
         raise
 
 
+def _text(inputs: LoopInput, on_event: EventHandler) -> RolloutText:
+    """Return the text of the rollouts of a loop, for the teachers that read it."""
+    config = inputs.config
+    return RolloutText(
+        score=config.score,
+        rendering=inputs.rendering,
+        stored=lambda: inputs.prompts,
+        source=open_source(config.prompts.file, columns_of(config.prompts)),
+        max_new_tokens=config.rollout.max_new_tokens,
+        on_event=on_event,
+    )
+
+
 def context_of(
-    inputs: LoopInput, model: ModelRef, on_event: EventHandler
+    inputs: LoopInput, teacher: LoadedTeacher, text: RolloutText
 ) -> dict[str, Prompt] | None:
     """Return the prompts that a teacher reads in place of the student's; None = the same.
 
@@ -55,15 +75,8 @@ def context_of(
     config = inputs.config
     if config.score.teacher_kind != "context":
         return None
-    context = teacher_context(
-        config.score,
-        model,
-        inputs.rendering,
-        source=open_source(config.prompts.file, columns_of(config.prompts)),
-        stored=inputs.prompts,
-        max_new_tokens=config.rollout.max_new_tokens,
-        on_event=on_event,
-    )
+    student = None if teacher.alignment is None else inputs.model.provenance()
+    context = teacher_context(text, teacher.model, student, named=config.teacher.student_tokenizer)
     if lost := [prompt.id for prompt in inputs.prompts if prompt.id not in context]:
         raise PromptError(
             f"score.context = {config.score.context} has no prompt {lost[0]!r:.80}, and "
