@@ -9,6 +9,7 @@ from logitcask.cli.output import print_event, print_result
 from logitcask.cli.progress import progress_bar
 from logitcask.cli.worker import stop_at_sigterm
 from logitcask.engine.config.sections import EvaluateConfig
+from logitcask.engine.config.teacher import TeacherMix
 from logitcask.engine.config.training import Eval
 
 
@@ -21,7 +22,10 @@ from logitcask.engine.config.training import Eval
         "store": ["rollouts"],
         "student": ["revision"],
         "eval": list(Eval.model_fields),
-        "train": ["objective", "loss_topk", "base", "teacher_field", "pack_length"],
+        "train": [
+            *("objective", "loss_topk", "base", "teacher_field", "pack_length"),
+            *TeacherMix.model_fields,
+        ],
         "work": ["worker", "poll", "idle_exit"],
         "run": ["device", "dtype", "batch_tokens", "seed"],
     },

@@ -21,7 +21,7 @@ from logitcask.engine.models.identity import read_config, resolve_model, vocabul
 from logitcask.engine.objectives import PRESETS, Preset, parse_objective, warnings
 from logitcask.engine.objectives.parse import preset_hint
 from logitcask.engine.packing.source import PackSource
-from logitcask.engine.packing.teachers import Teachers
+from logitcask.engine.packing.teachers import NO_MIX, Teachers
 from logitcask.engine.prompts.graders import open_grader
 from logitcask.engine.prompts.prompts import load_tokenizer
 from logitcask.engine.prompts.source import open_source
@@ -121,6 +121,7 @@ def _source(
         config.store.rollouts,
         task["teacher"],
         teacher_field=task["teacher_field"],
+        mix=config.train,
         base=task["base"],
         partial=config.train.partial,
     )
@@ -233,7 +234,7 @@ def eval_plan(
 def held_out_set(settings: Eval, url: str, train: Train) -> HeldOutSet | None:
     """Return the held-out rows that [eval] names, or None. `url` is the store of the training. The
     `base` scores of `train` are used here too if they have that name, and its `teacher_field` for
-    several teachers.
+    several teachers, as its mix is where every row has several.
 
     Raises ConfigError where the choice is not clear, IncompleteError where there is none.
     """
@@ -244,15 +245,15 @@ def held_out_set(settings: Eval, url: str, train: Train) -> HeldOutSet | None:
     base = train.base
     store = open_store(settings.store or url)
     snapshot = snapshot_of(store, settings.snapshot)
+    teacher = find_teachers(snapshot, settings.teacher, field, what="eval-teacher", where=store.url)
     return HeldOutSet(
         store=store,
         rollouts=choose(
             snapshot.names("rollout"), settings.rollouts, what="eval-rollouts", where=store.url
         ),
-        teacher=find_teachers(
-            snapshot, settings.teacher, field, what="eval-teacher", where=store.url
-        ),
+        teacher=teacher,
         teacher_field=field,
+        mix=train if Teachers.parse(teacher, field).mixed else NO_MIX,
         base=base if base in snapshot.names("score") else None,
         snapshot=None if settings.snapshot is None else snapshot,
         every=settings.every,

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from logitcask.engine.config.section import NAME, Name, Positive, Section, Share
+from logitcask.engine.config.section import NAME, Name, Names, Positive, Section, Share
 from logitcask.engine.types import ALL_POSITIONS, ScoreParams
 
 FILE = "file:"
@@ -229,6 +229,59 @@ class Score(Section):
         if self.selection == "top-k":
             return ScoreParams(entry_kind="topk", top_p=1.0, k_min=most, k_max=most)
         return ScoreParams(top_p=self.teacher_top_p, k_min=self.teacher_topk_min, k_max=most)
+
+
+class TeacherMix(Section):
+    """Several teachers of one position: their weights, and what the loss compares with."""
+
+    teacher_weighting: Literal["fixed", "entropy", "agreement", "accuracy", "confidence"] = Field(
+        "fixed",
+        description="With NAME+NAME: where the weights of the teachers come from. fixed = "
+        "--teacher; the others are the softmax of a score: minus the entropy of the teacher at a "
+        "position, minus its mean divergence from the other teachers on a response, its accuracy "
+        "on a prompt (--teacher-rollouts), or its confidence (--teacher-confidence).",
+    )
+    teacher_weighting_temperature: float = Field(
+        1.0,
+        gt=0,
+        description="The score of --teacher-weighting is divided by this before the softmax: near "
+        "0 the best teacher alone, large = equal weights.",
+        validate_default=True,
+    )
+    teacher_rollouts: Names | None = Field(
+        None,
+        description="With --teacher-weighting accuracy: NAME=ROLLOUTS,NAME=ROLLOUTS, for every "
+        "teacher its own rollouts of the same prompts in this store, sampled with --grader.",
+        validate_default=True,
+    )
+    teacher_confidence: str | None = Field(
+        None,
+        description="With --teacher-weighting confidence: key of the prompts file that holds "
+        'numbers from 0 to 100 by teacher, as {"a": 90, "b": 60}.',
+        validate_default=True,
+    )
+    mixture: Literal["sum", "arithmetic", "geometric"] = Field(
+        "sum",
+        description="What a loss with several teachers is: the weighted sum of their losses, which "
+        "is as exact as that of one teacher; or the loss from their arithmetic or normalised "
+        "geometric mean, which is exact at the ids that all of them scored.",
+    )
+
+    @field_validator("teacher_weighting_temperature")
+    @classmethod
+    def _divides_a_score(cls, temperature: float, info: ValidationInfo) -> float:
+        if temperature != 1 and info.data.get("teacher_weighting") == "fixed":
+            raise ValueError("must be left out with teacher_weighting = fixed, which has no score")
+        return temperature
+
+    @field_validator("teacher_rollouts", "teacher_confidence")
+    @classmethod
+    def _is_read(cls, text: str | None, info: ValidationInfo) -> str | None:
+        needs = {"teacher_rollouts": "accuracy", "teacher_confidence": "confidence"}
+        kind = needs[info.field_name or ""]
+        if (text is not None) != (info.data.get("teacher_weighting") == kind):
+            raise ValueError(f"must be given with teacher_weighting = {kind}, and only then")
+        return text
 
 
 class Work(Section):

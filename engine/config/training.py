@@ -8,12 +8,13 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from logitcask.engine.config.prompts import GRADER_MEANINGS, Columns
 from logitcask.engine.config.section import Name, Names, Positive, Section, Share
+from logitcask.engine.config.teacher import TeacherMix
 from logitcask.engine.config.trainer_args import check_optimizer_name, trainer_args
 from logitcask.engine.errors import ConfigError
 from logitcask.engine.types import SamplingParams
 
 
-class Train(Section):
+class Train(TeacherMix):
     teacher: Names | None = Field(
         None,
         description="Scores to train on; may be left out when the store has one teacher. "

@@ -5,7 +5,7 @@ from typing import Any
 
 from logitcask.engine.config.section import Section
 from logitcask.engine.config.sections import RunConfig
-from logitcask.engine.config.teacher import Score, Work, is_file
+from logitcask.engine.config.teacher import Score, TeacherMix, Work, is_file
 from logitcask.engine.config.training import Train
 from logitcask.engine.errors import ConfigError, IdentityError
 from logitcask.engine.packing.plan import windows_at_most
@@ -26,7 +26,7 @@ _NOT_IN_A_LOOP: tuple[tuple[str, type[Section], tuple[str, ...], str], ...] = (
         Train,
         (
             *("gradient_accumulation_steps", "num_train_epochs", "teacher", "base", "snapshot"),
-            *("partial", "allow_off_lineage", "teacher_field"),
+            *("partial", "allow_off_lineage", "teacher_field", *TeacherMix.model_fields),
         ),
         "leave it out; [loop] sets the data of an update, and [teacher] the scores",
     ),

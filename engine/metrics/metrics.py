@@ -180,6 +180,16 @@ def entropy_gap(x: MetricInput) -> Tensor:
     return (lower - entropy).clamp(min=0) + (entropy - upper).clamp(min=0)
 
 
+def mixture_width(x: MetricInput) -> Tensor:
+    """Return the width of the bounds of a mixture's log-probs, nats, mean over its mass."""
+    return x.rows.require("mixture_width").to(x.view.entropy.dtype)
+
+
+def mixture_missing(x: MetricInput) -> Tensor:
+    """Return the mass that the scored ids of a mixture lack, at most."""
+    return x.rows.require("mixture_missing").to(x.view.entropy.dtype)
+
+
 def kl_forward_bound(x: MetricInput) -> Tensor:
     """Return KL(q || p) of both coarsened to the cached ids and one bucket of all others, nats.
 
@@ -264,6 +274,8 @@ METRICS: dict[str, Metric] = {
     "cache/uncached_mass": Metric(uncached_mass, lambda sums: sums.uncached_mass),
     "cache/approx_kl": Metric(approx_kl),
     TEACHER_WIDTH: Metric(entropy_teacher_width, needs="q_entropy_hi"),
+    "mixture/width": Metric(mixture_width, needs="mixture_width"),
+    "mixture/missing_mass": Metric(mixture_missing, needs="mixture_missing"),
 }
 
 COMMON_METRICS = tuple(name for name, metric in METRICS.items() if metric.needs is None)

@@ -42,17 +42,8 @@ def check_exactness(objective: Objective | Preset, cache: CacheInfo) -> Exactnes
             f"Imported rollouts ({cache.imported}): the student scored them and did not sample "
             "them, so ages are unknown."
         )
-    if cache.mixture and objective.over_spans:
-        notes.append(
-            f"Several teachers, {cache.mixture}: loss and metrics are the means of theirs by "
-            "weight, each on its own spans."
-        )
-    elif cache.mixture:
-        notes.append(
-            f"Several teachers, {cache.mixture}: loss and metrics are the means of theirs by "
-            "weight. On one support the gradient is that of their normalised geometric mean with "
-            "reverse KL and draws of the student, that of their mean distribution with forward KL."
-        )
+    if cache.mixture:
+        notes += _mixture_notes(objective, cache)
     if not cache.same_template:
         notes.append(
             "The student's chat template renders these prompts differently; it is trained on the "
@@ -75,6 +66,49 @@ def check_exactness(objective: Objective | Preset, cache: CacheInfo) -> Exactnes
         prefixes=cache.prefixes(),
         notes=tuple(notes),
     )
+
+
+def _mixture_notes(objective: Objective, cache: CacheInfo) -> list[str]:
+    """Return the notes on several teachers: their weights, and what the loss compares with."""
+    names = cache.mixture
+    notes = []
+    if cache.weighting:
+        names = ", ".join(part.partition("=")[0] for part in names.split(","))
+        notes.append(f"The weights of {names} are the softmax of {cache.weighting}.")
+    if objective.over_spans:
+        notes.append(
+            f"Several teachers, {names}: loss and metrics are the means of theirs by weight, each "
+            "on its own spans."
+        )
+        return notes
+    if cache.mixture_kind == "sum":
+        notes.append(
+            f"Several teachers, {names}: loss and metrics are the means of theirs by "
+            "weight. On one support the gradient is that of their normalised geometric mean with "
+            "reverse KL and draws of the student, that of their mean distribution with forward KL."
+        )
+        return notes
+    exact = "the student's stored ids, "
+    if cache.own_ids:
+        exact = ""
+        notes.append(
+            f"{', '.join(cache.own_ids)} scored the own top ids alone: at other ids of the student "
+            "the mixture is not exact."
+        )
+    notes.append(
+        f"Mixture, {names}: the {cache.mixture_kind} mean of the teachers is exact at ids that all "
+        f"of them scored, {exact}the sampled tokens and the common part of their top ids"
+        + (
+            ". Other values are lower bounds, less by mixture/width in the mean; the distance in "
+            "total variation is at most mixture/missing_mass. Its entropy is an interval."
+            if cache.mixture_kind == "arithmetic"
+            else ", up to its normaliser, which these losses do not need. Other ids have no score; "
+            "mixture/width is the width of the log of the normaliser, mixture/missing_mass the "
+            "mass of the other ids at most. Metrics use the lower end. Its entropy is an interval."
+        )
+        + " Its top-k of a position are the ids that no bound can move, which may be fewer than k."
+    )
+    return notes
 
 
 def served(objective: Objective) -> Served:
@@ -125,6 +159,8 @@ def _is_cut(objective: Objective) -> bool:
 def _scores(objective: Objective, cache: CacheInfo) -> str:
     if objective.over_spans:
         return _span_scores(objective, cache)
+    if cache.mixture_kind != "sum":
+        return f"of the {cache.mixture_kind} mean of teachers, exact where all scored: see the note"
     text = _exact_scores(objective)
     if objective.temperature != 1:
         text += f"; at temperature {objective.temperature:g}, where ratios on S stay exact"

@@ -42,16 +42,13 @@ def loss_weights(
     """
     weights, divisor = [], torch.zeros((), dtype=torch.float64)
     for rows in packs:
-        each = _sums(rows, rows.weight)
-        share = share_of(rows)
+        each, counted = _sums(rows, rows.weight), _sums(rows, mask_of(rows)).clamp(min=1e-9)
         if aggregation == "sequence-mean":
-            weights.append(rows.weight / each[rows.sequence].clamp(min=1e-9) * share)
+            weights.append(rows.weight / counted[rows.sequence])
         else:
             weights.append(rows.weight)
-        total = each
-        if aggregation != "token-mean":
-            # A sequence comes once for each teacher, and counts once in all.
-            total = torch.zeros_like(each).index_copy(0, rows.sequence, share) * (each > 0)
+        # A sequence comes once for each teacher, and counts once in all: by its mean share.
+        total = each if aggregation == "token-mean" else each / counted
         divisor += total.sum(dtype=torch.float64)
     for modifier in objective.modifiers:
         if isinstance(modifier, Prune):
@@ -87,10 +84,11 @@ def stepwise_weights(rows: Targets, modifier: Stepwise) -> Tensor:
     new = torch.ones_like(step, dtype=torch.bool)
     new[1:] = (step[1:] != step[:-1]) | (rows.sequence[1:] != rows.sequence[:-1])
     group = new.long().cumsum(0) - 1  # counts steps over all sequences
-    gap = (rows.student_logprobs - rows.teacher_logprobs).abs().double() * rows.weight
+    mask = mask_of(rows)
+    gap = (rows.student_logprobs - rows.teacher_logprobs).abs().double() * mask
     groups = int(group[-1]) + 1 if len(group) else 0
     total = gap.new_zeros(groups).index_add_(0, group, gap)
-    count = gap.new_zeros(groups).index_add_(0, group, rows.weight.double())
+    count = gap.new_zeros(groups).index_add_(0, group, mask.double())
     d = total / count.clamp(min=1)
     first_steps = group[(rows.position == 0).nonzero()[:, 0]]  # [N] the first step of each sequence
     first = d[first_steps][rows.sequence] if len(group) else d
@@ -125,3 +123,8 @@ def _entropy_kept(
 def share_of(rows: Targets) -> Tensor:
     """Return [P] the share of each row's teacher, 1 for one teacher."""
     return torch.ones_like(rows.weight) if rows.share is None else rows.share
+
+
+def mask_of(rows: Targets) -> Tensor:
+    """Return [P] the loss mask, without the share of a row's teacher."""
+    return rows.weight if rows.share is None else rows.weight / rows.share

@@ -59,6 +59,12 @@ class CacheInfo:
     """Scores of a base model are available."""
     mixture: str = ""
     """Several teachers with weights, whose losses are averaged; empty for one on each row."""
+    mixture_kind: str = "sum"
+    """`sum` of their losses, or the loss from their `arithmetic` or `geometric` mean."""
+    weighting: str = ""
+    """Source of their weights, as text, where they are computed."""
+    own_ids: tuple[str, ...] = ()
+    """Those that did not score the student's ids, only their own."""
     rewards: bool = False
     """The rollouts have rewards."""
     samples: int = 0

@@ -3,8 +3,12 @@
 from logitcask.engine.alignment.span_scores import ENDS, NONE, STARTS
 from logitcask.engine.errors import ObjectiveError
 from logitcask.engine.objectives.modifiers import (
+    Baseline,
+    Clip,
     CrossEntropy,
+    EntropyGate,
     FixedAdvantage,
+    Floor,
     Importance,
     Prune,
     ReturnToGo,
@@ -16,6 +20,9 @@ from logitcask.engine.objectives.presets import FULL_VOCAB_K, SPAN_PRESETS
 from logitcask.engine.objectives.report import CacheInfo
 from logitcask.engine.objectives.spans.losses import SPAN_ROWS
 from logitcask.engine.objectives.supports import SAMPLED_SUPPORTS
+
+_NEEDS_NORMALISER = (Baseline, Clip, EntropyGate, Floor, ReturnToGo, Stepwise)
+"""Modifiers that change when a constant is added to all of the teacher's log-probs of a row."""
 
 
 def check_served(objective: Objective, cache: CacheInfo) -> None:
@@ -36,6 +43,8 @@ def check_served(objective: Objective, cache: CacheInfo) -> None:
         )
     if cache.scored:
         _check_positions(objective, cache)
+    if cache.mixture_kind != "sum":
+        _check_mixture(objective, cache)
 
 
 def _check_spans(objective: Objective, cache: CacheInfo) -> None:
@@ -134,6 +143,40 @@ def _check_positions(objective: Objective, cache: CacheInfo) -> None:
                 f"modifier {modifier.name!r} looks at all positions of a response, and the "
                 f"teacher has scored {cache.scored}",
                 hint="repeat `logitcask score` with --positions all, which adds the others",
+            )
+
+
+def _check_mixture(objective: Objective, cache: CacheInfo) -> None:
+    """Raise ObjectiveError for an objective that a mixture of teachers cannot serve."""
+    hint = "use --mixture sum"
+    if objective.over_spans:
+        raise ObjectiveError(
+            f"a loss over spans with mixture = {cache.mixture_kind}: a mixture is of distributions "
+            "over the student's tokens",
+            hint=hint,
+        )
+    if cache.mixture_kind != "geometric":
+        return
+    # The normaliser of a row cancels in ratios, and is a baseline of a draw.
+    if objective.estimator == "divergence" and objective.tail != "renormalize":
+        raise ObjectiveError(
+            f"tail {objective.tail!r} with mixture = geometric: its normaliser is known in bounds, "
+            "and this loss needs the teacher's mass itself",
+            hint=f"{hint}, whose gradient is the same for reverse KL, or tail 'renormalize'",
+        )
+    if objective.estimator == "policy_gradient" and objective.support not in SAMPLED_SUPPORTS:
+        raise ObjectiveError(
+            f"a policy gradient on support {objective.support!r} with mixture = geometric: its "
+            "normaliser is known in bounds, and it multiplies the gradient of the support's mass",
+            hint=f"{hint}, or support 'sampled'",
+        )
+    for modifier in objective.modifiers:
+        capped = isinstance(modifier, Importance) and modifier.cap > 0
+        if capped or isinstance(modifier, _NEEDS_NORMALISER):
+            raise ObjectiveError(
+                f"modifier {modifier.name!r} with mixture = geometric: it reads more than the "
+                "teacher's ratios, and the normaliser is known in bounds",
+                hint=f"{hint}, or leave the modifier out",
             )
 
 

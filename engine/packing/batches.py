@@ -9,8 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+from logitcask.engine.config.teacher import TeacherMix
 from logitcask.engine.packing.plan import WINDOW_BYTES, PackPlan
 from logitcask.engine.packing.source import Pack, PackSource
+from logitcask.engine.packing.teachers import NO_MIX
 from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.store.cache import UnitCache
 
@@ -101,6 +103,7 @@ def planned(
     rollouts: str,
     teacher: str,
     teacher_field: str | None = None,
+    mix: TeacherMix = NO_MIX,
     base: str | None = None,
     partial: bool = False,
     pack_length: int | None = None,
@@ -114,10 +117,10 @@ def planned(
     The result is a sequence, and a dataset for a torch DataLoader (`batch_size=None`, workers by
     `spawn`). The order depends on snapshot, names, seed, epochs, pack_length and window_bytes
     alone. teacher: a name of scores, or `value=name,value=name` with the values of the prompts' key
-    `teacher_field`. base: name of the scores of the teacher's base model, for objectives that need
-    them. partial: use the scored units although others are missing. window_bytes: limit of the
-    units decoded together. pack_length: tokens of a pack at most; None = default_pack_length.
-    cache: a folder on a local disk for decoded units.
+    `teacher_field`. mix: of several teachers, see teachers.py. base: name of the scores of the
+    teacher's base model, for objectives that need them. partial: use the scored units although
+    others are missing. window_bytes: limit of the units decoded together. pack_length: tokens of a
+    pack at most; None = default_pack_length. cache: a folder on a local disk for decoded units.
 
     Raises StoreError if the names hold nothing, IncompleteError if units are missing and `partial`
     is False, ConfigError for a sequence longer than pack_length.
@@ -128,6 +131,7 @@ def planned(
         rollouts,
         teacher,
         teacher_field=teacher_field,
+        mix=mix,
         base=base,
         partial=partial,
         memory_bytes=window_bytes,
@@ -146,6 +150,7 @@ def batches(
     rank: int = 0,
     world: int = 1,
     teacher_field: str | None = None,
+    mix: TeacherMix = NO_MIX,
     base: str | None = None,
     partial: bool = False,
     pack_length: int | None = None,
@@ -165,6 +170,7 @@ def batches(
         rollouts=rollouts,
         teacher=teacher,
         teacher_field=teacher_field,
+        mix=mix,
         base=base,
         partial=partial,
         pack_length=pack_length,

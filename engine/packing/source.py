@@ -5,7 +5,7 @@ sequences from compressed chunks would decode each chunk many times. A thread de
 are needed next. A source can be pickled for another process (`spawn`), which opens the store again.
 """
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from logitcask.engine.config.teacher import TeacherMix
 from logitcask.engine.errors import StoreError
 from logitcask.engine.events import counted
 from logitcask.engine.packing.kinds import check_same_kind
@@ -27,8 +28,10 @@ from logitcask.engine.packing.plan import (
     default_pack_length,
     make_plan,
 )
+from logitcask.engine.packing.several import alike, combined, count_rows
 from logitcask.engine.packing.targets import Targets, empty_sequence, make_targets, tensor
-from logitcask.engine.packing.teachers import Source, Teachers
+from logitcask.engine.packing.teacher_weights import scores_of_prompts
+from logitcask.engine.packing.teachers import NO_MIX, Source, Teachers
 from logitcask.engine.store import ScoreSegments, Segment, Snapshot, Store
 from logitcask.engine.store.cache import UnitCache, read_unit
 from logitcask.engine.store.decoded_unit import (
@@ -37,7 +40,6 @@ from logitcask.engine.store.decoded_unit import (
     has_spans,
     is_bounded,
     size_of,
-    with_spans,
 )
 from logitcask.engine.store.format.rows import last_marked
 from logitcask.engine.store.log.snapshot import are_partial
@@ -81,6 +83,7 @@ class PackSource:
         teacher: str,
         *,
         teacher_field: str | None = None,
+        mix: TeacherMix = NO_MIX,
         base: str | None = None,
         partial: bool = False,
         only: Callable[[Segment], bool] | None = None,
@@ -90,7 +93,7 @@ class PackSource:
     ) -> None:
         """Match rollout segments and scores at a snapshot.
 
-        teacher, teacher_field: see teachers.py. base: name of the scores of the teacher's base
+        teacher, teacher_field, mix: see teachers.py. base: name of the scores of the teacher's base
         model. only: filter of the rollout segments. scores: seg_id -> scores, in place of those of
         the one name `teacher`. memory_bytes: limit of the decoded units in memory, without those
         being decoded ahead; with a `cache` they are files, and the page cache of the system
@@ -104,8 +107,8 @@ class PackSource:
         self._cache = cache
         self._memory_bytes = memory_bytes
         self._init_threads()
-        self.teachers = Teachers.parse(teacher, teacher_field)
-        self._names = (snapshot.number, snapshot.sha256, rollouts_name, str(self.teachers))
+        self.teachers = Teachers.parse(teacher, teacher_field, mix)
+        self._names = (snapshot.number, snapshot.sha256, rollouts_name, self.teachers.key())
         found = {n: snapshot.scores(n) if scores is None else scores for n in self.teachers.names}
         self.base = base
         of_base = {} if base is None else snapshot.scores(base)
@@ -142,6 +145,9 @@ class PackSource:
             [[self.pairs[i][1] for i in indices] for indices in self._ranges],
             [each for each in self._bases if each],
             store.read_marks,
+        )
+        self._of_prompt = scores_of_prompts(
+            store, snapshot, [self.pairs[each[0]][0] for each in self._ranges], self.teachers
         )
         self.bounded = any(is_bounded(scores) for _, scores in self.pairs)
         """True if the teacher's entropies are intervals in at least one unit."""
@@ -243,30 +249,14 @@ class PackSource:
 
         Without members it has one token and no rows, so that its loss is zero.
         """
-        # A sequence has a part for each of its teachers, one after the other.
-        weights = self.teachers.weights
-        of = [(i, int(s)) for o, s in members for i in self._pairs(o, s)]
-        parts = [self._unit(i).sequence(s) for i, s in of]
-        sources = self._sources([i for i, _ in of], parts)
-        # All units of one name have the same arrays, but some may hold an exact entropy, and of
-        # several teachers one may have another tokenizer.
-        parts = parts or [empty_sequence(dtypes_of(*self.pairs[0], self._bases[0]))] * len(weights)
-        if self.bounded:
-            parts = [{"q_entropy_hi": part["q_entropy"], **part} for part in parts]
-        if self.has_spans:
-            parts = [with_spans(part) for part in parts]
+        # A sequence has a part for each of its teachers, one after the other, or one of their mix.
+        made, ids, sources = self._made(members)
+        parts = [part for each in made for part in each]
         flat = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        every = [part["input_ids"] for part in parts]
-        # One teacher may have scored fewer positions, and its part then ends earlier.
-        ids = [
-            max(every[i : i + len(weights)], key=len) for i in range(0, len(every), len(weights))
-        ]
         tokens = [len(each) for each in ids]
-        first = np.repeat(np.cumsum([0, *tokens[:-1]]), len(weights))
+        first = np.repeat(np.cumsum([0, *tokens[:-1]]), [len(each) for each in made])
         rows = [len(part["token"]) for part in parts]
         flat["sequence"] = np.repeat(np.arange(len(parts)), rows)
-        if self.teachers.mixed:
-            flat["share"] = np.repeat(np.tile(weights, len(ids)), rows)
         predict_at = [part["predict_at"] + at for part, at in zip(parts, first, strict=True)]
         return Pack(
             input_ids=tensor(np.concatenate(ids))[None],
@@ -277,24 +267,37 @@ class PackSource:
             sources=sources,
         )
 
-    def _sources(
-        self, indices: Sequence[int], parts: Sequence[Mapping[str, Array]]
-    ) -> dict[Source, int]:
-        """Return the rows with a weight of each origin; indices: the pair of each part."""
-        found: Counter[Source] = Counter()
-        for index, part in zip(indices, parts, strict=True):
-            if rows := int(np.count_nonzero(part["weight"])):
-                segment, scores = self.pairs[index]
-                # A sequence has one version.
-                origin = Source(
-                    rollouts=segment.seg_id,
-                    version=int(part["version"][0]),
-                    teacher=scores[0].name,
-                    scores=tuple(each.seg_id for each in scores),
-                    base=tuple(each.seg_id for each in self._bases[index]),
-                )
-                found[origin] += rows
-        return dict(found)
+    def _made(
+        self, members: Array
+    ) -> tuple[list[list[dict[str, Array]]], list[Array], dict[Source, int]]:
+        """Return the parts of each sequence as the loss reads them, its tokens, and the origins.
+
+        Without members they are those of one sequence without rows.
+        """
+        pairs = [list(self._pairs(ordinal, sequence)) for ordinal, sequence in members]
+        read = [
+            [self._unit(index).sequence(int(sequence)) for index in indices]
+            for indices, (_, sequence) in zip(pairs, members, strict=True)
+        ]
+        sources = count_rows(
+            [(*self.pairs[i], self._bases[i]) for indices in pairs for i in indices],
+            [part for parts in read for part in parts],
+        )
+        if not read:
+            empty = empty_sequence(dtypes_of(*self.pairs[0], self._bases[0]))
+            read = [[empty] * len(self.teachers.weights)]
+        read = [alike(parts, self.bounded, self.has_spans) for parts in read]
+        # One teacher may have scored fewer positions, and its part then ends earlier.
+        ids = [max((part["input_ids"] for part in parts), key=len) for parts in read]
+        scores: Sequence[Array | None] = [None] * len(read)
+        if self._of_prompt is not None:
+            none = [np.zeros(len(self.teachers.weights))]
+            scores = [self._of_prompt[o][:, s] for o, s in members] or none
+        made = [
+            combined(parts, self.teachers, of_prompt)
+            for parts, of_prompt in zip(read, scores, strict=True)
+        ]
+        return made, ids, sources
 
     def decode_ahead(self, ordinals: Iterable[int]) -> None:
         """Decode units in a thread, in this order, while others are read."""

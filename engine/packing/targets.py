@@ -109,6 +109,10 @@ class Targets:
     q_entropy_hi: Tensor | None = None
     """[P] float32, upper end of the teacher's entropy, nats; the entropy itself where it is exact.
     None if all are exact."""
+    mixture_width: Tensor | None = None
+    """[P] float32, mean width of the bounds of a mixture's log-probs, nats: see mixture.py."""
+    mixture_missing: Tensor | None = None
+    """[P] float32, the mass that a mixture's scored ids lack, at most."""
 
     def __len__(self) -> int:
         return len(self.token)
@@ -181,6 +185,8 @@ _HINTS = {
     "share": "name several teachers with weights",
     "later_advantage": "evaluate the objective by row_objective, which makes it",
     "q_entropy_hi": "score with a teacher that returns only top-k log-probs",
+    "mixture_width": "name several teachers with --mixture arithmetic or geometric",
+    "mixture_missing": "name several teachers with --mixture arithmetic or geometric",
     **dict.fromkeys(
         ("span", "span_log_q", "span_row_log_q", "span_tokens"),
         "take the targets of `spanned`, which every teacher has",
@@ -260,6 +266,7 @@ def make_targets(flat: Mapping[str, Array]) -> Targets:
     if "share" in flat:
         flat = {**flat, "weight": flat["weight"] * flat["share"]}
     optional_floats = ("base_token_lp", "share", *REWARDS, "q_entropy_hi")
+    optional_floats += ("mixture_width", "mixture_missing")
     floats += [name for name in optional_floats if name in flat]
     return Targets(
         token=tensor(token),

@@ -16,14 +16,21 @@ gradient is that of a mixture where all have one support S:
     KL(p~ || q_i~)    of the normalised geometric mean on S: log q = sum_i w_i log q_i~ - log Z
     KL(q_i || p)      of the mean sum_i w_i q_i
     -A log p(y)       of the geometric mean, up to a baseline log Z of the prefix
+
+Weights that are computed from the store are in teacher_weights.py, and mixtures in place of this
+sum in mixture.py.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from logitcask.engine.config.teacher import TeacherMix
 from logitcask.engine.errors import ConfigError
+
+NO_MIX = TeacherMix()
 
 
 class Source(NamedTuple):
@@ -56,9 +63,15 @@ class Teachers:
     """Value of the field -> name."""
     weights: tuple[float, ...] = (1.0,)
     """Of the names, their sum is 1; (1,) for routes, because a row has one teacher."""
+    mix: TeacherMix = NO_MIX
+
+    def __post_init__(self) -> None:
+        _check_mix(self)
 
     @classmethod
-    def parse(cls, text: str | None, field: str | None = None) -> "Teachers":
+    def parse(
+        cls, text: str | None, field: str | None = None, mix: TeacherMix = NO_MIX
+    ) -> "Teachers":
         """Parse the text of `--teacher` and `--teacher-field`. Raises ConfigError."""
         if not text:
             raise ConfigError(
@@ -74,7 +87,7 @@ class Teachers:
                     hint=f"give --teacher VALUE=NAME,VALUE=NAME with the values of {field!r}, or "
                     "leave --teacher-field out",
                 )
-            return cls(names=(text,), routes={})
+            return cls(names=(text,), routes={}, mix=mix)
         pairs: dict[str, str] = {}
         for part in text.split(","):
             left, equals, right = (each.strip() for each in part.partition("="))
@@ -89,8 +102,9 @@ class Teachers:
                 )
             pairs[left] = right
         if field is None:
-            return cls(names=tuple(pairs), routes={}, weights=_weights(text, pairs))
-        return cls(names=tuple(dict.fromkeys(pairs.values())), field=field, routes=pairs)
+            return cls(names=tuple(pairs), routes={}, weights=_weights(text, pairs), mix=mix)
+        names = tuple(dict.fromkeys(pairs.values()))
+        return cls(names=names, field=field, routes=pairs, mix=mix)
 
     @property
     def mixed(self) -> bool:
@@ -129,9 +143,51 @@ class Teachers:
             return self.names[0]
         return ",".join(f"{value}={name}" for value, name in self.routes.items())
 
-    def record(self) -> dict[str, str]:
+    def record(self) -> dict[str, Any]:
         """Return the entries of run.json; those of one teacher are as in earlier runs."""
-        return {"teacher": str(self), **({"teacher_field": self.field} if self.field else {})}
+        mix = settings_of(self.mix)
+        return {
+            "teacher": str(self),
+            **({"teacher_field": self.field} if self.field else {}),
+            **({"teacher_mix": mix} if mix else {}),
+        }
+
+    def key(self) -> str:
+        """Return the text that tells plans of other teachers, or of another mix, apart."""
+        mix = settings_of(self.mix)
+        return str(self) + (f" {json.dumps(mix, sort_keys=True)}" if mix else "")
+
+
+def settings_of(mix: TeacherMix) -> dict[str, Any]:
+    """Return the keys of a mix that are not at their defaults."""
+    return {
+        key: value
+        for key in TeacherMix.model_fields
+        if (value := getattr(mix, key)) != getattr(NO_MIX, key)
+    }
+
+
+def _check_mix(teachers: Teachers) -> None:
+    """Raise ConfigError for settings of several teachers that these teachers cannot have."""
+    mix, kind = teachers.mix, teachers.mix.teacher_weighting
+    settings = settings_of(mix)
+    if settings and not teachers.mixed:
+        key, value = next(iter(settings.items()))
+        raise ConfigError(
+            f"{key} = {value} with --teacher {teachers}: a position has one teacher",
+            hint="name several teachers of every position, as --teacher a+b, or leave it out",
+        )
+    if kind != "fixed" and len(set(teachers.weights)) > 1:
+        raise ConfigError(
+            f"--teacher {teachers} gives weights, and teacher_weighting = {kind} computes them",
+            hint=f"give --teacher {'+'.join(teachers.names)}, or leave --teacher-weighting out",
+        )
+    if kind == "agreement" and len(teachers.names) < 3:
+        raise ConfigError(
+            "teacher_weighting = agreement with two teachers: each is as far from the other, so "
+            "both weights are 1/2",
+            hint="name three or more, or leave --teacher-weighting out",
+        )
 
 
 def _weights(text: str, pairs: Mapping[str, str]) -> tuple[float, ...]:

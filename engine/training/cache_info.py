@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from logitcask.engine.alignment.span_scores import NONE
+from logitcask.engine.config.teacher import TeacherMix
 from logitcask.engine.errors import IdentityError
 from logitcask.engine.objectives import (
     CacheInfo,
@@ -13,6 +14,8 @@ from logitcask.engine.objectives import (
     check_exactness,
 )
 from logitcask.engine.packing.source import PackSource
+from logitcask.engine.packing.teacher_weights import weighting_text
+from logitcask.engine.packing.teachers import NO_MIX
 from logitcask.engine.store import Segment, Snapshot, Store
 from logitcask.engine.store.decoded_unit import dtypes_of
 from logitcask.engine.store.format.provenance import IMPORTED
@@ -37,6 +40,7 @@ def check_objective(
     rollouts: str,
     teacher: str,
     teacher_field: str | None = None,
+    mix: TeacherMix = NO_MIX,
     base: str | None = None,
     partial: bool = False,
 ) -> ExactnessReport:
@@ -51,6 +55,7 @@ def check_objective(
         rollouts,
         teacher,
         teacher_field=teacher_field,
+        mix=mix,
         base=base,
         partial=partial,
     )
@@ -74,6 +79,14 @@ def cache_info(model: ModelRef | None, source: PackSource, allow_off_lineage: bo
             hint="train a student with the tokenizer of the rollouts, or sample with this one",
         )
     sampling = rollouts[0].provenance["set"]
+    # A name of scores has one request for all of its units.
+    own_ids = tuple(
+        dict.fromkeys(
+            scores[0].name
+            for _, scores in kinds
+            if not any(each.provenance["request"]["at_student"] for each in scores)
+        )
+    )
     imported = rollouts[0].provenance.get(IMPORTED)
     return CacheInfo(
         student_k=int(sampling["student_topk"]),
@@ -106,6 +119,9 @@ def cache_info(model: ModelRef | None, source: PackSource, allow_off_lineage: bo
         base=source.base is not None,
         mixture=str(source.teachers) if source.teachers.mixed else "",
         span_rows=_span_rows([each.provenance for _, scores in kinds for each in scores]),
+        mixture_kind=source.teachers.mix.mixture,
+        weighting=weighting_text(source.teachers.mix),
+        own_ids=own_ids,
         rewards=all("reward" in dtypes_of(*pair) for pair in kinds),
         samples=int(sampling.get("n", 0)),
         entropy_bounds=source.bounded,

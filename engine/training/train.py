@@ -50,13 +50,13 @@ def train(
 ) -> TrainReport:
     """Train `model` on the scores of `teacher`, and save it as the next version in `run.out`.
 
-    teacher, teacher_field: see packing/teachers.py. base: name of the scores of the teacher's base
-    model, for objectives that need them. snapshot: None = the newest at the first call. The same
-    call on the same folder resumes from the newest checkpoint, bit for bit on a CPU. evaluation,
-    held_out: measured before the first update and after the last at least. cache: keeps decoded
-    units for other runs. config: the resolved configuration, only recorded in run.json. The
-    exactness report of the objective goes to `on_event` before the first update. Under torchrun
-    every process calls this.
+    teacher, teacher_field, and the mix of several in `settings`: see packing/teachers.py. base:
+    name of the scores of the teacher's base model, for objectives that need them. snapshot: None =
+    the newest at the first call. The same call on the same folder resumes from the newest
+    checkpoint, bit for bit on a CPU. evaluation, held_out: measured before the first update and
+    after the last at least. cache: keeps decoded units for other runs. config: the resolved
+    configuration, only recorded in run.json. The exactness report of the objective goes to
+    `on_event` before the first update. Under torchrun every process calls this.
 
     Raises ConfigError, IdentityError (another run in the folder, another tokenizer than the
     rollouts'), IncompleteError (units missing and not `partial`), ObjectiveError (the scores cannot
@@ -72,6 +72,7 @@ def train(
             rollouts,
             teacher,
             teacher_field=teacher_field,
+            mix=settings,
             base=base,
             partial=settings.partial,
             cache=cache,

@@ -215,7 +215,8 @@ def trouble(run: RunFacts) -> Iterator[Sentence]:
             text=f"The gradient was clipped to norm {limit:g} in {clipped:,} of {len(norms):,} "
             "logged updates."
         )
-    if any("entropy/teacher_width" in line for line in run.updates):
+    widths = [line for line in run.updates if "mixture/width" in line]
+    if any("entropy/teacher_width" in line for line in run.updates) and not widths:
         yield Sentence(
             text="The teacher returned only its best log-probs: its entropy is an interval, and "
             "the entropy gap is a lower bound."

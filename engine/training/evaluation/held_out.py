@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from logitcask.engine.config.teacher import TeacherMix
 from logitcask.engine.errors import IncompleteError
 from logitcask.engine.metrics.paper_code import METRICS_RELEASED
 from logitcask.engine.objectives import ExactnessReport, Objective, Preset, check_exactness
 from logitcask.engine.packing.batches import PlannedPacks
 from logitcask.engine.packing.source import PackSource
-from logitcask.engine.packing.teachers import Teachers
+from logitcask.engine.packing.teachers import NO_MIX, Teachers
 from logitcask.engine.probes.metrics import measure
 from logitcask.engine.store import Snapshot, Store
 from logitcask.engine.store.cache import UnitCache
@@ -40,6 +41,7 @@ class HeldOutSet:
     rollouts: str
     teacher: str
     teacher_field: str | None = None
+    mix: TeacherMix = NO_MIX
     base: str | None = None
     snapshot: Snapshot | None = None
     """None: the newest at the first call."""
@@ -158,7 +160,7 @@ def hold_out(
     or no row is there, ObjectiveError where these scores cannot serve the objective.
     """
     store, snapshot = held_out.store, held_out.snapshot
-    teachers = Teachers.parse(held_out.teacher, held_out.teacher_field)
+    teachers = Teachers.parse(held_out.teacher, held_out.teacher_field, held_out.mix)
     names = {"store": store.uuid, "rollouts": held_out.rollouts, **teachers.record()}
     if snapshot is None:
         recorded = ((earlier or {}).get("eval") or {}).get("held_out") or {}
@@ -171,6 +173,7 @@ def hold_out(
         held_out.rollouts,
         held_out.teacher,
         teacher_field=held_out.teacher_field,
+        mix=held_out.mix,
         base=held_out.base,
         cache=cache,
     )

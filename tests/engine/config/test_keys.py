@@ -32,6 +32,7 @@ FILES = ("prompts", "cost", "runner", "tap", "teacher", "loop", "training", "sec
 BASES = {
     **{"StageRunner": "Runner", "LoopRunner": "Runner"},
     **{"LoopTeacher": "Teacher", "LoopScore": "Score"},
+    "Train": "TeacherMix",
 }
 """Section -> the section whose keys it has too."""
 
@@ -94,7 +95,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     shutil.copytree(ROOT / ".src", tmp_path / ".src", symlinks=True)
     config = tmp_path / "engine" / "config" / "training.py"
     text = config.read_text()
-    head = "class Train(Section):\n"
+    head = "class Train(TeacherMix):\n"
     config.write_text(text.replace(head, f"{head}    spare: int = 0\n"))
     assert len(keys(tmp_path)) > 90
     assert unread(tmp_path) == {("Train", "spare")}

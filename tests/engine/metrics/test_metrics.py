@@ -56,6 +56,8 @@ BY_HAND = {
     "cache/uncached_mass": 0.15,
     "cache/approx_kl": 0.04 / 0.1 - 1 - math.log(0.04 / 0.1),
 }
+# A mixture is made, with its bounds, in packing; tests/engine/packing/test_mixture.py has them.
+OF_MIXTURES = {"mixture/width": 0.25, "mixture/missing_mass": 0.125}
 
 
 def row(probs: list[float]) -> Tensor:
@@ -83,7 +85,14 @@ def test_by_hand(name: str) -> None:
 
 
 def test_every_metric_has_a_value_by_hand() -> None:
-    assert {*BY_HAND, TEACHER_WIDTH} == {*METRICS}
+    assert {*BY_HAND, *OF_MIXTURES, TEACHER_WIDTH} == {*METRICS}
+    targets = replace(
+        by_hand().targets,
+        mixture_width=torch.tensor([0.25]),
+        mixture_missing=torch.tensor([0.125]),
+    )
+    found = compute_metrics(view_of(by_hand(), 6), targets, k=3)
+    assert {name: found[name].item() for name in OF_MIXTURES} == OF_MIXTURES
 
 
 def test_overlap_uses_the_kept_ids_of_a_short_row() -> None:

@@ -33,17 +33,17 @@ def unit_of(seed: int, domains: list[str]) -> Unit:
     return replace(unit, rollouts=replace(unit.rollouts, prompts=prompts))
 
 
-def score(store: Store, ordinal: int, other: Unit) -> None:
-    """Commit the scores of another teacher, `coder`, of one unit."""
+def score(store: Store, ordinal: int, other: Unit, name: str = "coder") -> None:
+    """Commit the scores of another teacher of one unit."""
     segment = store.head().rollouts("main")[ordinal]
     store.commit_scores(
         other.scores,
         base=segment,
-        name="coder",
-        unit_key=digest({"coder": ordinal}),
+        name=name,
+        unit_key=digest({name: ordinal}),
         unit=dict(segment.unit),
         provenance={
-            "teacher": {"weights": digest("coder")},
+            "teacher": {"weights": digest(name)},
             "teacher_kind": "teacher",
             "context": "",
             "request": {
@@ -62,14 +62,27 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     tmp_path = tmp_path_factory.mktemp("teachers")
     units = [unit_of(seed, domains) for seed, domains in enumerate(DOMAINS)]
     store = make_store(tmp_path / "s", units)
-    # The same tokens and lists of the student under another teacher.
-    coder = make_unit(7, lengths=[3, 1, 4, 2, 5, 2])
-    row = np.repeat(np.arange(17), units[0].rollouts.student.cnt)  # type: ignore[union-attr]
-    ids = units[0].rollouts.student.ids  # type: ignore[union-attr]
-    lp = coder.log_q[np.arange(17), units[0].rollouts.tokens].astype(np.float32)
-    at_lp = coder.log_q[row, ids].astype(np.float32)
-    score(store, 0, replace(coder, scores=replace(coder.scores, lp=lp, at_lp=at_lp)))
+    score(store, 0, other_teacher(units[0], 7))
     return store
+
+
+def other_teacher(unit: Unit, seed: int, **sizes: int) -> Unit:
+    """Return the same tokens and lists of the student under another teacher."""
+    other = make_unit(seed, lengths=[3, 1, 4, 2, 5, 2], **sizes)
+    student = unit.rollouts.student
+    assert student is not None
+    row, outside = np.repeat(np.arange(17), student.cnt), np.ones(other.log_q.shape, bool)
+    outside[row, student.ids] = False
+    outside[np.repeat(np.arange(17), other.scores.cnt), other.scores.ids] = False
+    with np.errstate(divide="ignore"):
+        tail = np.log((np.exp(other.log_q) * outside).sum(1))
+    scores = replace(
+        other.scores,
+        lp=other.log_q[np.arange(17), unit.rollouts.tokens].astype(np.float32),
+        at_lp=other.log_q[row, student.ids].astype(np.float32),
+        log_tail=tail.astype(np.float32),
+    )
+    return replace(other, scores=scores)
 
 
 def source(store: Store, teacher: str = ROUTED, field: str | None = "domain") -> PackSource:
