@@ -8,11 +8,13 @@ import numpy as np
 import logitcask.engine.store.format.schema as schema
 from logitcask.engine.alignment.by_sequence import spans_of
 from logitcask.engine.alignment.coverage import describe
+from logitcask.engine.alignment.span_scores import NONE
 from logitcask.engine.errors import ConfigError, IncompleteError, StoreError
 from logitcask.engine.events import counted
 from logitcask.engine.store.decoded_unit import has_spans
 from logitcask.engine.store.format.entry import Segment
 from logitcask.engine.store.format.layouts import kept_lists
+from logitcask.engine.store.format.provenance import ALIGNMENT
 from logitcask.engine.store.format.ragged import starts
 from logitcask.engine.store.log.claims import failed_units
 from logitcask.engine.store.log.snapshot import Snapshot
@@ -152,6 +154,9 @@ def _score_request(segment: Segment) -> str:
     else:
         fields = [f"p {request['teacher_top_p']:g}"] if kind == "top-p" else []
         fields += [f"k {request['teacher_topk_min']}-{request['teacher_topk_max']}"]
+    if alignment := segment.provenance.get(ALIGNMENT):
+        rows = alignment["rows"]
+        fields = ["spans"] if rows == NONE else [f"spans, ids at {rows}", *fields]
     if positions := segment.provenance.get("positions"):
         fields.append(f"positions {positions}")
     return ", ".join([*fields, *([f"at {at}"] if at else [])])

@@ -1,8 +1,8 @@
 """The join of a teacher's spans with a student's rollouts, as the unit that packs are made of.
 
 Each row of the student gets its span and the teacher's log-probs of it. The lists of ids of a span
-stand at one row of the student: its first, or its last where the teacher's are of its last. There
-both models have read the same bytes.
+stand at one row of the student: its first, where both models have read the same bytes, or its last
+where the teacher's are of its last.
 
 The teacher's ids become the student's ids of the same bytes. In a span of one token on both sides
 the teacher's token becomes the student's, whatever its bytes: so the ends of a turn are joined too.

@@ -141,6 +141,8 @@ def _usage(snapshot: Snapshot, rollouts: list[Segment], address: HubAddress) -> 
     model = student if HUB_ID.fullmatch(student) and "/" in student else "STUDENT"
     which = [f"--rollouts {names[0]}"] if len(names) > 1 else []
     which += [f"--teacher {teachers[0]}"] if len(teachers) > 1 else []
+    layouts = {s.layout for s in snapshot.segments if teachers and s.name == teachers[0]}
+    loss = ["--objective span_advantage"] if layouts.intersection(schema.SPAN_LAYOUTS) else []
     yield from [
         "## Train from it",
         "",
@@ -149,8 +151,7 @@ def _usage(snapshot: Snapshot, rollouts: list[Segment], address: HubAddress) -> 
             [
                 f"logitcask train --model {model} --store {url}",
                 f"--snapshot {snapshot.number}",
-                *which,
-                "--out ./run",
+                *(*which, *loss, "--out ./run"),
             ]
         ),
         "```",
@@ -159,7 +160,7 @@ def _usage(snapshot: Snapshot, rollouts: list[Segment], address: HubAddress) -> 
         "",
         "```",
         f"logitcask store pull {url} ./store",
-        f"logitcask train --model {model} --store ./store --out ./run",
+        " ".join([f"logitcask train --model {model} --store ./store", *loss, "--out ./run"]),
         "```",
         "",
     ]

@@ -13,10 +13,11 @@ from logitcask.engine.alignment.span_scores import END, ENDS, GAP, NONE, STARTS,
 from logitcask.engine.errors import IdentityError, IntegrityError, StoreError
 from logitcask.engine.store import open_store
 from logitcask.engine.store.cache import UnitCache, read_unit
-from logitcask.engine.store.decoded_unit import size_of
-from logitcask.engine.store.format import codecs, schema
+from logitcask.engine.store.decoded_unit import SPAN_ARRAYS, decode_unit, size_of
+from logitcask.engine.store.format import codecs, layouts, schema
 from logitcask.engine.store.format import segment as segments
 from logitcask.engine.store.format.archive import write
+from logitcask.engine.store.inspect import segment_rows
 from logitcask.engine.store.log import record
 from logitcask.engine.store.log.body import Bodies
 from logitcask.engine.store.log.usual_heads import HeadParser
@@ -24,13 +25,17 @@ from logitcask.engine.store.merge import merge
 from logitcask.engine.store.spans import arrays as spans
 from logitcask.engine.store.spans.checks import check_structure, check_values
 from logitcask.engine.store.spans.unit import decode_span_unit
+from logitcask.engine.store.storage.hub import HubAddress
+from logitcask.engine.store.transfer.card import build_card
 from logitcask.engine.store.verify import verify
+from logitcask.engine.types import IdLists
 from tests.engine.store.made import (
     SCORE_PROVENANCE,
     commit_rollouts,
     commit_scores,
     forged,
     make_rollouts,
+    make_scores,
 )
 from tests.engine.store.made_spans import (
     alignment,
@@ -91,6 +96,46 @@ def test_a_unit_has_what_a_plain_join_has(rows: str) -> None:
         assert (len(unit["s_ids"]), len(unit["t_ids"])) == (s[-1], t[-1])
     assert one > 20
     assert rows == NONE or min(listed, unmapped) > 20
+
+
+@pytest.mark.parametrize("rows", [STARTS, ENDS])
+def test_spans_of_one_tokenizer_are_its_ordinary_scores(rows: str) -> None:
+    """Score the teacher's list and the student's ids of every token, each a span of its own."""
+    rollouts, profile = make_rollouts(5), codecs.profile("raw32")
+    student = IdLists(cnt=rollouts.student.cnt, ids=rollouts.student.ids)
+    cached = layouts.decode(
+        layouts.encode(make_scores(5, rollouts), profile, student), profile, student
+    )
+    u = layouts.ranked(cached)
+    ends = np.full(rollouts.positions, END, np.uint8)
+    spans = SpanScores(
+        offsets=rollouts.seq_off,
+        tokens=rollouts.tokens,
+        log_probs=cached.lp,
+        marks=ends,
+        student_marks=ends,
+        texts=np.zeros(len(rollouts.seq_prompt), np.int64),
+        piece_ids=np.arange(50, dtype=np.uint32),
+        piece_twins=np.arange(50),
+        piece_lengths=np.zeros(50, np.uint16),
+        piece_bytes=np.zeros(0, np.uint8),
+        rows=rows,
+        entropy=cached.entropy,
+        log_tail=cached.log_tail,
+        kept=cached.kept,
+        cnt=u.cnt.astype(np.uint16),
+        ids=u.ids,
+        entry_lp=u.lp,
+    )
+    check_structure(spans, rollouts.seq_off)
+    check_values(spans)
+    found = decode_span_unit("", rollouts, spans).arrays
+    expected = decode_unit("", rollouts, cached).arrays
+    assert found.keys() - expected.keys() == SPAN_ARRAYS
+    for name, array in expected.items():
+        assert found[name].tobytes() == array.tobytes(), name
+    assert found["span_q"].tobytes() == found["span_row_q"].tobytes() == cached.lp.tobytes()
+    assert (found["span_tokens"] == 1).all()
 
 
 @EACH
@@ -255,3 +300,17 @@ def test_a_stranger_with_right_digests_is_refused(
         other.read_span_scores((segment,))
     with pytest.raises(IntegrityError, match="ids of pieces from -2"):
         merge(open_store(tmp_path / "s", create=True), open_store(tmp_path / "other"))
+
+
+def test_a_card_and_a_list_name_the_kind_of_scores(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "s", create=True)
+    base = commit_rollouts(store, 3, student=True)
+    request = {"teacher_top_p": 0.9, "teacher_topk_min": 4, "teacher_topk_max": 8}
+    for rows in (ENDS, NONE):
+        provenance = SCORE_PROVENANCE | {"alignment": alignment(rows), "request": request}
+        commit_span_scores(store, base, 3, rows, provenance=provenance)
+    found = [row["request"] for row in segment_rows(store.head().segments)[1:]]
+    assert found == ["spans, ids at ends, p 0.9, k 4-8", "spans"]
+    text = build_card(store.head(), HubAddress(repo="org/name", revision="", path=""), "")
+    assert text.count("--objective span_advantage --out ./run") == 2
+    assert "`spans, ids at ends, p 0.9, k 4-8`" in text
