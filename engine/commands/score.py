@@ -128,7 +128,7 @@ def _text(
         rendering=rendering,
         stored=lambda: (prompt for segment in segments for prompt in store.read_prompts(segment)),
         source=source,
-        max_new_tokens=int(segments[0].provenance["set"]["max_new_tokens"]),
+        max_new_tokens=lambda: int(segments[0].provenance["set"]["max_new_tokens"]),
         on_event=on_event,
     )
 
@@ -146,7 +146,7 @@ def teacher_context(
     rendering, unread = readable(tokenizer, text.rendering)
     for note in unread:
         text.on_event(f"{model.name}: {note}")
-    most = identity.context_length(model.path) - text.max_new_tokens
+    most = identity.context_length(model.path) - text.max_new_tokens()
     if settings.context is not None:
         read = read_prompts(
             settings.context,

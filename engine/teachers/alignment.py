@@ -31,8 +31,8 @@ class RolloutText:
     """Returns them."""
     source: Source | None
     """The prompts file that they were rendered from; None = it is not given."""
-    max_new_tokens: int
-    """Of a response."""
+    max_new_tokens: Callable[[], int]
+    """Returns the longest response, which rollouts of other programs may not record."""
     on_event: EventHandler
     """Gets notes on the rendering."""
 
@@ -86,7 +86,7 @@ class RolloutText:
             self.stored(),
             theirs,
             rendering,
-            max_prompt_tokens=context_length(model.path) - self.max_new_tokens,
+            max_prompt_tokens=context_length(model.path) - self.max_new_tokens(),
             student=(ours, self.rendering),
         )
         return replace(alignment, prompts=prompts)

@@ -60,7 +60,7 @@ def _text(inputs: LoopInput, on_event: EventHandler) -> RolloutText:
         rendering=inputs.rendering,
         stored=lambda: inputs.prompts,
         source=open_source(config.prompts.file, columns_of(config.prompts)),
-        max_new_tokens=config.rollout.max_new_tokens,
+        max_new_tokens=lambda: config.rollout.max_new_tokens,
         on_event=on_event,
     )
 
