@@ -35,20 +35,26 @@ def align_rollouts(alignment: Alignment, rollouts: Rollouts) -> AlignedRollouts:
     """Return the same prompts and responses in the teacher's ids.
 
     A response has the bytes of the student's ids, and the end of a turn for its final stop id.
-    Raises UnitError for a control token of the student that has no counterpart, and for bytes that
-    the teacher cannot spell; PromptError where the teacher has no prompt of an id.
+    Raises UnitError for another control token of the student, unless the alignment cuts responses
+    there, and for bytes that the teacher cannot spell; PromptError where the teacher has no prompt
+    of an id.
     """
     prompts = tuple(teacher_prompt(alignment, prompt) for prompt in rollouts.prompts)
     before = [_text_at_end(alignment.teacher.table, prompt.token_ids) for prompt in prompts]
     responses: list[Encoded] = []
     ended: list[bool] = []
+    is_text = np.ones(rollouts.positions, bool)
     count = dict.fromkeys(range(len(prompts)), 0)
     for i, of in enumerate(rollouts.seq_prompt.tolist()):
         name = f"prompt {prompts[of].id!r:.80}, response {count[of]}"
         count[of] += 1
         ids = rollouts.tokens[rollouts.seq_off[i] : rollouts.seq_off[i + 1]].tolist()
         end = alignment.ends.get(ids[-1]) if ids else None
-        text = _bytes_of(alignment.student, ids if end is None else ids[:-1], name)
+        body = ids if end is None else ids[:-1]
+        if alignment.cuts and (cut := _first_control(alignment.student, body)) < len(body):
+            body, end = body[:cut], None
+        text = _bytes_of(alignment.student, body, name)
+        is_text[rollouts.seq_off[i] + len(body) : rollouts.seq_off[i + 1]] = False
         found = alignment.teacher.encode_continuation(before[of], text, name)
         responses.append(found if end is None else _ended(found, end))
         ended.append(end is not None)
@@ -56,7 +62,7 @@ def align_rollouts(alignment: Alignment, rollouts: Rollouts) -> AlignedRollouts:
     tokens = np.concatenate([np.zeros(0, np.int64), *(each.ids for each in responses)])
     # Rows of the tokens that end a turn.
     ends = tuple((off[1:] - 1)[np.array(ended, bool)] for off in (rollouts.seq_off, offsets))
-    spans = _spans(alignment, rollouts.tokens, tokens, ends)
+    spans = _spans(alignment, rollouts.tokens, is_text, tokens, ends)
     marks = _marks(spans[:, 2:], len(tokens))
     marks[np.concatenate([np.zeros(0, bool), *(each.patched for each in responses)])] |= PATCHED
     teacher = replace(
@@ -106,16 +112,21 @@ def teacher_prompt(alignment: Alignment, prompt: Prompt) -> Prompt:
     return replace(prompt, token_ids=(*of_teacher, *encoded))
 
 
+def _first_control(table: TokenBytes, ids: Sequence[int]) -> int:
+    """Return the index of the first id without bytes, len(ids) without one."""
+    found = (i for i, each in enumerate(ids) if each >= len(table.pieces) or not table.pieces[each])
+    return next(found, len(ids))
+
+
 def _bytes_of(table: TokenBytes, ids: Sequence[int], name: str) -> bytes:
     """Return the bytes of ids; UnitError for one without bytes."""
-    for index in ids:
-        if index >= len(table.pieces) or table.pieces[index] is None:
-            raise UnitError(
-                f"{name} has the id {index}, a control token of the student that is no text and "
-                "no end of the response",
-                hint="leave it out, or render the teacher's prompts from text: --prompts FILE, or "
-                "--teacher-kind context",
-            )
+    if (first := _first_control(table, ids)) < len(ids):
+        raise UnitError(
+            f"{name} has the id {ids[first]}, a control token of the student that is no text and "
+            "no end of the response",
+            hint="give --control-tokens cut, and such a response counts up to there; in a prompt: "
+            "prompts of the teacher's own, --prompts FILE or --teacher-kind context",
+        )
     return table.spell(ids)
 
 
@@ -130,14 +141,16 @@ def _ended(text: Encoded, end: int) -> Encoded:
     return replace(text, ids=np.append(text.ids, end), patched=np.append(text.patched, False))
 
 
-def _spans(alignment: Alignment, ours: Array, theirs: Array, ends: Sequence[Array]) -> Array:
+def _spans(
+    alignment: Alignment, ours: Array, is_text: Array, theirs: Array, ends: Sequence[Array]
+) -> Array:
     """Return the spans [G, 4] of all responses, one after the other: both sides of each have the
-    same bytes, so a boundary of responses is one of both. ends: rows of the ends of turns.
+    same bytes, so a boundary of responses is one of both.
+
+    is_text: [P] bool, the student's rows that the teacher reads; ends: rows of the ends of turns.
     """
     a, b = alignment.student, alignment.teacher.table
-    text_a, text_b = np.ones(len(ours), bool), np.ones(len(theirs), bool)
-    text_a[ends[0]], text_b[ends[1]] = False, False
-    rows_a, rows_b = np.flatnonzero(text_a), np.flatnonzero(text_b)
+    rows_a, rows_b = np.flatnonzero(is_text), np.delete(np.arange(len(theirs)), ends[1])
     found = align(a, ours[rows_a].astype(np.int64), b, theirs[rows_b]).rows
     of_text = [
         *(rows_a[found[:, 0]], rows_a[found[:, 1] - 1] + 1),

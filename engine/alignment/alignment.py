@@ -40,6 +40,9 @@ class Alignment:
     """Prompt id -> the teacher's prompt; None = the bytes of the student's."""
     rows: str = STARTS
     """Row of each span that has the teacher's best ids: NONE, STARTS or ENDS."""
+    cuts: bool = False
+    """A response ends for the teacher at a control token of the student that has no counterpart;
+    False = it is refused."""
 
     def matches(self, student: str, model: ModelRef) -> bool:
         """Return True for this digest of a student's tokenizer, and this teacher's."""
@@ -59,12 +62,13 @@ def align_tokenizers(
     teacher_stops: Collection[int],
     chat_template: bool,
     rows: str = STARTS,
+    cuts: bool = False,
 ) -> Alignment:
     """Compare two tokenizers of transformers. Seconds for 200,000 ids.
 
     student_stops, teacher_stops: stop ids of both models; chat_template: a turn of the teacher ends
-    as its template ends one. Raises ModelError as `token_bytes`, and for a teacher without a
-    control token that ends a turn, where the student has one.
+    as its template ends one; rows, cuts: of the alignment. Raises ModelError as `token_bytes`, and
+    for a teacher without a control token that ends a turn, where the student has one.
     """
     table, encoder = token_bytes(student), ByteEncoder(teacher)
     to_teacher, to_student = twins(table, encoder.table), twins(encoder.table, table)
@@ -85,6 +89,7 @@ def align_tokenizers(
         to_teacher=to_teacher,
         to_student=to_student,
         rows=rows,
+        cuts=cuts,
     )
 
 

@@ -41,8 +41,8 @@ class SpanScores:
     student_marks: Array
     """[P] uint8."""
     texts: Array
-    """[N] int64, the first eight bytes of the sha256 of the teacher's input: ids of prompt and
-    response. Equal ones need no second scoring."""
+    """[N] int64, the first eight bytes of the sha256 of the teacher's input: length and ids of the
+    prompt, ids of the response. Equal ones need no second scoring."""
     piece_ids: Array
     """[U] uint32, ascending: the teacher's ids that occur in tokens and entries."""
     piece_twins: Array
@@ -54,7 +54,8 @@ class SpanScores:
     rows: str = NONE
     """NONE, STARTS or ENDS. The arrays below are empty without rows."""
     entropy: Array
-    """[G] float32, of the teacher's next token, nats."""
+    """[G] float32, of the teacher's next token, nats; a lower bound where its backend returns its
+    best ids alone."""
     log_tail: Array
     """[G] float32, log of its mass outside all entries of the row."""
     kept: Array

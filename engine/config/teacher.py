@@ -125,6 +125,12 @@ class Score(Section):
         "ids, that of its first token or of its last; none = log-probs of its tokens alone, a few "
         "bytes a position.",
     )
+    control_tokens: Literal["refuse", "cut"] = Field(
+        "refuse",
+        description="For a teacher with another tokenizer, responses with a control token of the "
+        "student that is no end of the response: refuse; or cut, and the teacher reads them up to "
+        "there: what follows is in no span and has no loss.",
+    )
     exact: bool = Field(
         False,
         description="With --backend vllm: score from its hidden states, which gives entropy and "

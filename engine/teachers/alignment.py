@@ -73,6 +73,7 @@ class RolloutText:
             teacher_stops=model.stop_ids,
             chat_template=template,
             rows=settings.span_topk,
+            cuts=settings.control_tokens == "cut",
         )
         if not rendered:
             return alignment
@@ -95,8 +96,9 @@ class RolloutText:
         """Raise ConfigError for settings that a teacher with the student's tokenizer ignores."""
         settings = self.score
         unused = dict[str, str]()
-        if settings.span_topk != Score.model_fields["span_topk"].default:
-            unused["span_topk"] = settings.span_topk
+        for key in ("span_topk", "control_tokens"):
+            if (value := getattr(settings, key)) != Score.model_fields[key].default:
+                unused[key] = value
         if settings.prompts is not None and settings.prompt_template is None:
             unused["prompts"] = str(settings.prompts)
         for key, value in unused.items():

@@ -9,7 +9,7 @@ import pytest
 
 from logitcask.engine.alignment.aligned_rollouts import align_rollouts
 from logitcask.engine.alignment.alignment import Alignment, align_tokenizers, twins
-from logitcask.engine.alignment.span_scores import END, NO_TWIN, PATCHED
+from logitcask.engine.alignment.span_scores import END, GAP, NO_TWIN, PATCHED
 from logitcask.engine.errors import PromptError, UnitError
 from logitcask.engine.types import LENGTH, STOP, Prompt, Rollouts
 from tests.engine.alignment.small_tokenizers import MAKERS, tokenizer_of
@@ -116,6 +116,21 @@ def test_control_tokens_without_a_counterpart_are_refused_by_id() -> None:
         align_rollouts(alignment, no_begin)
     with pytest.raises(PromptError, match="has no prompt 'p'"):
         align_rollouts(replace(alignment, prompts={}), no_begin)
+
+
+def test_a_response_is_cut_at_a_control_token_on_demand() -> None:
+    alignment = alignment_of("nfc", "sentencepiece", cuts=True)
+    tokenizer = tokenizer_of("nfc")
+    unknown, a = tokenizer.unk_token_id, tokenizer.convert_tokens_to_ids("a")
+    texts: Any = ["a", [a, unknown, a], [unknown], [a, a]]
+    found = align_rollouts(alignment, rollouts_of("nfc", "the", texts))
+    table, theirs = alignment.teacher.table, found.rollouts
+    read = [table.spell(theirs.tokens[i:j].tolist()) for i, j in pairwise(theirs.seq_off.tolist())]
+    assert read == [b"a", b"a", b"", b"aa"]
+    # a </s> | a <unk> a </s> | <unk> </s> | a a
+    assert found.student_marks.tolist() == [END, END, END, GAP, GAP, GAP, GAP, GAP, END, END]
+    assert (found.marks == END).all()
+    assert found.spans[:, [1, 3]].tolist() == [[1, 1], [2, 2], [3, 3], [9, 4], [10, 5]]
 
 
 def test_what_a_tokenizer_adds_before_a_text_is_its_own() -> None:
