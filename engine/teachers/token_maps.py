@@ -178,8 +178,8 @@ def compare_maps(
     if 2 * len(same) < len(every):
         raise OtherVocabulary(
             f"the student's tokenizer and that of {name} agree on {len(same)} of {len(every)} ids",
-            hint="take a teacher with the student's tokenizer; there is no override: ids would "
-            "mean other tokens",
+            hint="take a teacher with the student's tokenizer, as ids are compared here; `score` "
+            "takes others too, and stores their scores of spans",
         )
     differing = sorted(every - set(same))
     return SharedVocabulary(
