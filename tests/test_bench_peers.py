@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.engine.objectives import peer_forms as forms
+
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 
@@ -105,3 +107,37 @@ def test_a_case_is_left_out_by_its_name_and_parameters(monkeypatch: pytest.Monke
     assert not matches(item, "*test_kl_div.py* reduction=sum dtype=torch.float16")
     assert not matches(item, "*test_jsd.py* reduction=sum")
     assert not matches(SimpleNamespace(nodeid="a"), "* bias=True")
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "ends"), [("gold", "observed", False), ("gold_bayesian", "bayesian", True)]
+)
+def test_gold_over_spans_is_the_formula_of_trl_on_the_right_rows(
+    name: str, rule: str, ends: bool
+) -> None:
+    spans = load("spans")
+    made = spans.rows(0)
+    groups = [[span[i : i + 2] for span in made.spans] for i in (0, 2)]
+    pairs = torch.tensor(made.pairs)
+    q = forms.merged(forms.Side(made.teacher.z, made.teacher.ids), groups[1], rule)
+
+    def formula(z: torch.Tensor) -> torch.Tensor:
+        p = forms.merged(forms.Side(z, made.student.ids), groups[0], rule)
+        return forms.gold(p, q, pairs, 0.3, (1.0, 1.0)).sum()
+
+    z = made.student.z.clone().requires_grad_()
+    ours, expected = spans.loss(name, made, z, 0.3, ends=ends).sum(), formula(z)
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-12)
+    slopes = (torch.autograd.grad(value, z)[0] for value in (ours, expected))
+    torch.testing.assert_close(*slopes, rtol=1e-10, atol=1e-14)
+
+
+def test_uld_over_spans_of_whole_vocabularies_is_the_sorted_distance() -> None:
+    spans = load("spans")
+    made = spans.rows(1)
+    p, q = (
+        model.z[[span[at] for span in made.spans]].softmax(-1)
+        for model, at in ((made.student, 0), (made.teacher, 2))
+    )
+    found = spans.loss("uld", made, made.student.z)
+    torch.testing.assert_close(found, forms.sorted_l1(p, q), rtol=1e-12, atol=1e-14)

@@ -67,6 +67,30 @@ SUITES = {
             "*::TestServerDistillationTrainer*": HUB,
         },
     ),
+    "trl-gold": Suite(
+        project="TRL, GOLD",
+        repository="trl",
+        module="trl",
+        files=("gold_values.py",),
+    ),
+    "tokenkit": Suite(
+        project="tokenkit",
+        repository="tokenkit",
+        module="tokenkit",
+        files=("tokenkit_values.py",),
+    ),
+    "simct": Suite(
+        project="SimCT, KDFlow",
+        repository="SimCT-",
+        module="kdflow",
+        files=("kdflow_values.py",),
+    ),
+    "rllm": Suite(
+        project="rllm",
+        repository="rllm",
+        module="rllm",
+        files=("rllm_values.py",),
+    ),
     "liger": Suite(
         project="Liger-Kernel",
         repository="Liger-Kernel",
@@ -123,6 +147,7 @@ SUITES = {
         module="nemo_rl",
         files=(
             "nemo_values.py",
+            "nemo_spans_values.py",
             *(
                 f"tests/unit/algorithms/test_loss_functions.py::test_distillation_loss_{name}"
                 for name in (

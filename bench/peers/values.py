@@ -26,7 +26,7 @@ def gradient(loss_of: Callable[[Tensor], Tensor], logits: Tensor) -> tuple[Tenso
     return loss.detach(), grad
 
 
-def close(mine: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
-    """Raise unless loss and gradient agree within 1e-4 of the largest entry."""
+def close(mine: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor], share: float = 1e-4) -> None:
+    """Raise unless loss and gradient agree within a share of the largest entry."""
     for a, b in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+        torch.testing.assert_close(a, b, rtol=share, atol=share * float(b.abs().max()))
