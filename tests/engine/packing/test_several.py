@@ -11,15 +11,24 @@ import torch
 
 from logitcask.engine.config.teacher import TeacherMix
 from logitcask.engine.config.training import Train
-from logitcask.engine.errors import ConfigError, IncompleteError, LogitcaskError, ObjectiveError
+from logitcask.engine.errors import (
+    ConfigError,
+    IdentityError,
+    IncompleteError,
+    LogitcaskError,
+    ObjectiveError,
+)
 from logitcask.engine.models.identity import digest
 from logitcask.engine.objectives import loss_weights, parse_objective
+from logitcask.engine.packing.kinds import check_same_kind
 from logitcask.engine.packing.source import Pack, PackSource
 from logitcask.engine.packing.teacher_weights import mean_divergences, softmax_weights
 from logitcask.engine.packing.teachers import Teachers
 from logitcask.engine.store import Store
+from logitcask.engine.store.format.schema import BOUNDS, DEDUP, SAMPLED, SPAN_STARTS, SPANS
 from logitcask.engine.training.cache_info import check_objective
 from logitcask.engine.training.pack_loss import pack_loss
+from logitcask.engine.training.run_dir.files import check_same
 from logitcask.engine.types import ModelRef
 from tests.engine.cached import Unit, make_store, make_unit
 from tests.engine.packing.test_teachers import other_teacher, score
@@ -228,6 +237,9 @@ def test_a_mixture_is_one_teacher_of_each_row(store: Store) -> None:
     assert len(digests) == 3, "the mix is a part of a plan"
     record = Teachers.parse("a+b", mix=TeacherMix(mixture="geometric")).record()
     assert record["teacher_mix"] == {"mixture": "geometric"}
+    # A run without a mix that resumes one with it is refused by the name of the setting.
+    with pytest.raises(IdentityError, match=r"teacher_mix\.mixture = 'geometric', not None"):
+        check_same("run", record | {"plan": "1"}, {"teacher": record["teacher"], "plan": "2"})
 
 
 @pytest.mark.parametrize(
@@ -289,6 +301,42 @@ def test_a_prompt_without_an_accuracy_is_refused(tmp_path: Path) -> None:
         with pytest.raises(LogitcaskError) as caught:
             source(store, **ACCURACY, teacher_rollouts=f"big={name},coder={name}")
         assert cause in caught.value.cause
+
+
+@pytest.mark.parametrize(
+    ("layout", "mix", "cause", "hint"),
+    [
+        (SPAN_STARTS, {"mixture": "arithmetic"}, "of another tokenizer", "--mixture sum"),
+        (SPANS, {"teacher_weighting": "entropy"}, "of another tokenizer", "confidence"),
+        (SAMPLED, {"mixture": "geometric"}, "drawn ids and no top ids", "without --draws"),
+        (DEDUP + BOUNDS, {"teacher_weighting": "entropy"}, "its entropy is an interval", "--exact"),
+    ],
+)
+def test_scores_that_a_mix_cannot_read_are_refused(
+    store: Store, layout: str, mix: dict[str, Any], cause: str, hint: str
+) -> None:
+    """Refuse them by layout; the sum with fixed weights reads all of them."""
+    (scores,) = store.head().scores("coder").values()
+    chain = (replace(scores[0], layout=layout),)
+
+    def check(mix: TeacherMix) -> None:
+        teachers = Teachers.parse("big+coder", mix=mix)
+        check_same_kind(teachers, [[chain, chain]], [], store.read_marks)
+
+    check(TeacherMix())
+    with pytest.raises(ConfigError) as caught:
+        check(TeacherMix(**mix))
+    assert cause in caught.value.cause
+    assert hint in caught.value.hint
+
+
+def test_a_mixture_with_a_base_model_is_refused(store: Store) -> None:
+    with pytest.raises(ConfigError, match="mixture = arithmetic with --base third"):
+        PackSource(
+            *(store, store.head(), "main", "big+coder"),
+            mix=TeacherMix(mixture="arithmetic"),
+            base="third",
+        )
 
 
 @pytest.mark.parametrize(
