@@ -84,14 +84,15 @@ class Objective:
     """In the order in which they are applied."""
 
     def __post_init__(self) -> None:
-        for key, value, known in (
+        known = SPAN_LOSSES if self.estimator == SPANS else DIVERGENCES
+        for key, value, names in (
             ("support", self.support, (*SUPPORTS, SPANS)),
-            ("divergence", self.divergence, SPAN_LOSSES if self.over_spans else DIVERGENCES),
+            ("divergence", self.divergence, known),
             ("tail", self.tail, TAILS),
             ("estimator", self.estimator, ESTIMATORS),
             ("weights", self.weights, WEIGHTS),
         ):
-            _check_known(key, value, known)
+            _check_known(key, value, names)
         self._check_meaning()
         self._check_k()
         self._check_parameter()
@@ -138,6 +139,8 @@ class Objective:
         }
         if self.temperature == 1:
             del stored["temperature"]  # runs of before it had none
+        if self.parameter == math.inf:
+            stored["parameter"] = "inf"  # JSON has no such number
         stored["modifiers"] = [{"name": m.name, **asdict(m)} for m in self.modifiers]
         return stored
 

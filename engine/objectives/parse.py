@@ -24,6 +24,13 @@ OTHER_NAMES: Mapping[tuple[str, ...], str] = {
     ("gkd",): "jsd js jensen_shannon generalized_jsd gjsd jsd_loss",
     ("teacher_topk",): "topk top_k reverse_kl_topk",
     ("rs_kd",): "random_sampling rskd",
+    ("span_advantage",): "on_policy_cross_tokenizer token_alignment byte_offsets",
+    ("alm",): "approximate_likelihood_matching likelihood_matching tokenkit",
+    ("uld",): "universal_logit_distillation sorted_l1 wasserstein",
+    ("gold", "gold_bayesian"): "general_online_logit_distillation uld_hybrid extended_uld",
+    ("simct",): "span_ctkd ctkd sim_ct",
+    ("x_token",): "p_kl xtoken",
+    ("span_advantage", "alm", "simct"): "cross_tokenizer cross_vocabulary another_tokenizer",
     ("sft",): "supervised_fine_tuning nll token_cross_entropy",
     ("fixed_advantage",): "no_teacher control grpo rloo rl",
 }

@@ -22,6 +22,8 @@ MODIFIED = {
 }
 SOAK_ALONE = ("mixed_kl", "skew_kl", "skew_reverse_kl", "alpha_divergence")
 """They differ from teacher_topk and gkd in the divergence alone."""
+SOAK_ALONE += ("alm", "gold", "gold_bayesian", "simct", "x_token")
+"""They differ from uld in the function of spans."""
 ELSEWHERE = ("reward", "return_to_go", "fixed")
 """In MODIFIED or in a preset."""
 OTHERS = {name: f"sampled_token+{name}" for name in MODIFIERS if name not in ELSEWHERE}

@@ -148,6 +148,27 @@ SPECS = (
         keys=(("top1/agreement", ""), ("eval/top1/agreement", "held out")),
     ),
     Spec(
+        id="span-kl",
+        title="Log-ratio of spans",
+        how="Mean of log p - log q of the span of a position, for each of its tokens: of a teacher "
+        "with another tokenizer. On policy its mean is a reverse KL, which falls towards 0.",
+        y=Axis(name="log-ratio", unit="nats"),
+        keys=(("span/reverse_kl", ""), ("eval/span/reverse_kl", "held out")),
+    ),
+    Spec(
+        id="span-shares",
+        title="Spans",
+        how="Share of the positions in spans of one token on both sides, and in none; the "
+        "teacher's mass on stored ids that the student has no token of, and outside all stored.",
+        y=_SHARE,
+        keys=(
+            ("span/one_to_one", "one to one"),
+            ("span/gap", "in no span"),
+            ("span/unmapped", "no token of the student"),
+            ("span/tail", "not stored"),
+        ),
+    ),
+    Spec(
         id="nll",
         title="NLL of the stored tokens",
         how="Mean of -log p of the sampled tokens under the student in training.",
@@ -225,7 +246,7 @@ SPECS = (
     ),
 )
 
-NOT_MISSED = ("skipped", "cache-resampled")
+NOT_MISSED = ("skipped", "cache-resampled", "span-kl", "span-shares")
 """Panels of what comes in some runs alone."""
 
 

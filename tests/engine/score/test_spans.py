@@ -1,5 +1,6 @@
 """Scores of a tiny teacher with another tokenizer, against its own forward pass by hand."""
 
+import contextlib
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,14 @@ from transformers import PreTrainedTokenizerFast
 from logitcask.engine.alignment.alignment import Alignment, align_tokenizers
 from logitcask.engine.alignment.span_scores import ENDS, NO_TWIN, NONE, STARTS, SpanScores
 from logitcask.engine.backends.hf import HF
-from logitcask.engine.errors import ConfigError, IdentityError
+from logitcask.engine.errors import ConfigError, IdentityError, ObjectiveError
+from logitcask.engine.objectives import PRESETS
+from logitcask.engine.packing.source import PackSource
 from logitcask.engine.prompts.prompts import load_tokenizer
 from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import open_store
+from logitcask.engine.training.cache_info import check_objective
+from logitcask.engine.training.pack_loss import pack_loss
 from logitcask.engine.types import ModelRef, Rollouts, ScoreParams
 from tests.engine.score.scored import PROMPTS, REQUEST, FailingScorer, ref, run
 from tests.engine.tiny import CHARACTERS, make_model, save_folder
@@ -223,3 +228,32 @@ def test_prompts_are_those_of_the_alignment(
         lp = direct(pairs, [0, 5, 6], ids).gather(1, torch.tensor(ids)[:, None])[:, 0]
         np.testing.assert_allclose(found.log_probs[: len(ids)], lp, atol=2e-5)
         assert rollouts.positions == len(found.student_marks)
+
+
+@pytest.mark.parametrize("rows", [NONE, STARTS, ENDS])
+def test_what_was_stored_decides_what_trains(
+    store: Path, student: ModelRef, pairs: ModelRef, rows: str
+) -> None:
+    params = REQUEST if rows != NONE else replace(REQUEST, at_student=False)
+    aligned = alignment_of(student, pairs, rows)
+    run(store, pairs, HF(pairs), alignment=aligned, teacher_name="pairs", params=params)
+    opened, works = open_store(store), {}
+    snapshot = opened.head()
+    for name, preset in PRESETS.items():
+        with contextlib.suppress(ObjectiveError):
+            of = {"snapshot": snapshot, "rollouts": "main", "teacher": "pairs"}
+            check_objective(preset, opened, **of)  # type: ignore[arg-type]
+            works[name] = preset.objective
+    of_ids = {NONE: [], STARTS: ["uld", "gold", "simct", "x_token"], ENDS: ["gold_bayesian"]}
+    alone = ["span_advantage", "alm", "sft", "fixed_advantage"]
+    assert sorted(works) == sorted(alone + of_ids[rows])
+    source = PackSource(opened, snapshot, "main", "pairs")
+    targets = source.pack(np.asarray([(0, i) for i in range(4)])).targets
+    vocab = len(load_tokenizer(student.path))
+    generator = torch.Generator().manual_seed(0)
+    head, states = (torch.randn(n, 8, generator=generator) for n in (vocab, len(targets)))
+    for name, objective in works.items():
+        result = pack_loss(objective, states, head, targets, n_vocab=vocab)
+        assert result.loss.isfinite(), name
+        assert all(values.isfinite().all() for values in result.metrics.values()), name
+        assert ("span/reverse_kl" in result.metrics) == objective.over_spans
