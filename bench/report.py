@@ -3,12 +3,8 @@
 Run: .venv/bin/python bench/report.py [--no-frontier]
 
 The newest row of each section counts. Only the text between `<!-- NAME -->` and `<!-- end -->` is
-replaced. The picture frontier.svg needs matplotlib; --no-frontier leaves it out. The kernels'
-tables come from report_kernels.py, those of the demo and the ablation from report_ablate.py, that
-of the real student from report_real.py, those of the paper in miniature from report_paper.py, that
-of many workers from report_scale.py, those of the loops from report_pipeline.py, that of import and
-export from report_exchange.py, that of the tap from report_tap.py, that of scores of rows from
-report_scoring.py, that of the report from report_page.py.
+replaced. The picture frontier.svg needs matplotlib; --no-frontier leaves it out. The tables of the
+store are made here, the others in report_NAME.py.
 """
 
 import argparse
@@ -17,6 +13,7 @@ from collections.abc import Callable
 
 import report_ablate
 import report_alignment
+import report_cross_tokenizer
 import report_exchange
 import report_kernels
 import report_page
@@ -72,6 +69,7 @@ def tables() -> dict[str, str]:
             report_exchange,
             report_scoring,
             report_alignment,
+            report_cross_tokenizer,
             report_tap,
             report_page,
             report_paper,

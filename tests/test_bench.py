@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 SCRIPTS = sorted(
     file.name for file in BENCH.glob("*.py") if "\ndef main(arguments" in file.read_text()
@@ -40,6 +42,7 @@ def test_every_script_is_in_this_test() -> None:
             for name in ("ablate", "cli", "demo", "kernels", "real", "scale", "soak", "store")
         ),
         *(
+            "bench_cross_tokenizer.py",
             "bench_exchange.py",
             "bench_paper.py",
             "bench_pipeline.py",
@@ -129,3 +132,29 @@ def test_the_tables_of_the_pages_are_those_of_the_results() -> None:
     done = run("-c", code, BENCH)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 10
+
+
+def test_another_tokenizer_and_two_experts_on_a_few_problems(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Run all stages with models that learn nothing; work the tables' figures by hand."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    import bench_cross_tokenizer
+    import report_cross_tokenizer
+
+    bench_cross_tokenizer.main(["--smoke", "--only", "merged alm", "routed opd"])
+    rows = [json.loads(x) for x in capsys.readouterr().out.splitlines() if x.startswith("{")]
+    assert [(row["part"], row["variant"]) for row in rows] == [
+        ("spans", "merged alm"),
+        ("experts", "routed opd"),
+    ]
+    assert [*rows[0]["teachers"][0]] == ["merged"]
+    assert [*rows[1]["teachers"][0]] == ["sums", "differences"]
+    rows[0] |= {"before": [{"all": 0.5}], "after": [{"all": 0.8}]}
+    rows[0]["teachers"] = [{"merged": {"all": 0.9}}]
+    assert report_cross_tokenizer.recoveries(rows[0]) == [pytest.approx(0.75)]
+    # A variance of 7/300 over three seeds.
+    few = [0.1, 0.2, 0.4], [0.3, 0.4, 0.6]
+    of = [report_cross_tokenizer.standard_error(each) for each in few]
+    assert of == [pytest.approx((7 / 900) ** 0.5)] * 2
+    assert report_cross_tokenizer.errors(few[1], few[0]) == pytest.approx(0.2 / (14 / 900) ** 0.5)
