@@ -108,6 +108,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = tiny.make_tokenizer(chat_template=True)
     for seed, name in enumerate(("student", "teacher", "bigger"), 1):
         tiny.save_folder(folder / name, padded_model(seed), tokenizer)
+    reordered = tiny.make_tokenizer(characters=tiny.CHARACTERS[::-1])
+    tiny.save_folder(folder / "other", padded_model(4), reordered)
     sums = ({"id": str(i), "prompt": f"What is {i}?", "answer": str(i)} for i in range(4))
     lines = [json.dumps(each) for each in sums]
     (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")

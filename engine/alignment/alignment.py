@@ -76,7 +76,8 @@ def align_tokenizers(
     ends: dict[int, int] = {}
     if controls:
         end = turn_end(teacher, encoder.table, teacher_stops, chat_template=chat_template)
-        own = turn_end(student, table, controls, chat_template=bool(student.chat_template))
+        templated = chat_template and bool(student.chat_template)
+        own = turn_end(student, table, controls, chat_template=templated)
         ends = dict.fromkeys(controls, end)
         to_teacher[controls] = end
         to_student[end] = own if own in controls else controls[0]

@@ -128,7 +128,9 @@ def student_tokenizer(student: Mapping[str, Any], source: str = "") -> Any:
     of the student. Raises IdentityError if `source` has another tokenizer, ModelError if it is not
     found; ConfigError for either of a recorded name.
     """
-    name, revision = (source, "") if source else (student["name"], student["revision"])
+    name, revision = (
+        (source, "") if source else (student.get("name", ""), student.get("revision", ""))
+    )
     try:
         found = load_tokenizer(resolve_model(name, revision, weights=False))
     except ModelError as error:
