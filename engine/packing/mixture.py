@@ -193,7 +193,7 @@ def geometric(x: Joined, parts: Sequence[Mapping[str, Array]], weights: Array) -
     """Return prod_i q_i^w_i, and the bounds of Z; weights: [T, R]."""
     w, rows = weights[:, x.row], weights.shape[1]
     upper = np.exp((w * np.log(np.where(x.scored, x.q, x.most[:, x.row]))).sum(0))
-    used = x.scored.all(0)
+    used: Array = np.logical_and.reduce(x.scored)
     lower = np.where(used, upper, 0.0)
     least = _sums(x.row, lower, rows)
     rest = np.exp((weights * np.log(x.tail)).sum(0))

@@ -265,8 +265,10 @@ def make_targets(flat: Mapping[str, Array]) -> Targets:
     floats = ["weight", "q_log_tail", "q_entropy", *UNIT_NAMES]
     if "share" in flat:
         flat = {**flat, "weight": flat["weight"] * flat["share"]}
-    optional_floats = ("base_token_lp", "share", *REWARDS, "q_entropy_hi")
-    optional_floats += ("mixture_width", "mixture_missing")
+    optional_floats = (
+        *("base_token_lp", "share", *REWARDS, "q_entropy_hi"),
+        *("mixture_width", "mixture_missing"),
+    )
     floats += [name for name in optional_floats if name in flat]
     return Targets(
         token=tensor(token),

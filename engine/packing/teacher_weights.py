@@ -103,9 +103,8 @@ def _js_terms(p: Array, q: Array) -> Array:
     """Return the terms of the Jensen-Shannon divergence at each id, nats."""
     mean = (p + q) / 2
     with np.errstate(divide="ignore", invalid="ignore"):
-        terms: Array = sum(
-            np.where(side > 0, side * np.log(side / mean), 0.0) / 2 for side in (p, q)
-        )
+        first, second = (np.where(x > 0, x * np.log(x / mean), 0.0) for x in (p, q))
+    terms: Array = (first + second) / 2
     return terms
 
 
