@@ -28,8 +28,8 @@ def tokenizers_command(student: str, teacher: str, texts: Path, form: str) -> No
     """Show how two tokenizers divide the same texts, byte by byte.
 
     STUDENT and TEACHER are folders or hub ids; their weights are not read. A span is the smallest
-    piece of a text that is whole tokens to both. Scores of a teacher with another tokenizer are not
-    stored yet: this shows how well the two would fit.
+    piece of a text that is whole tokens to both: of a teacher with another tokenizer `score` stores
+    the log-probs of spans. The more are one to one, the more its best ids say to the student.
 
     Example: logitcask doctor tokenizers Qwen/Qwen3-1.7B google/gemma-3-1b-it --texts texts.txt
     """
@@ -62,6 +62,13 @@ def tokenizers_command(student: str, teacher: str, texts: Path, form: str) -> No
     )
     for each in found.refused[:_SHOWN]:
         click.echo(f"refused: line {each.text}: {visible(each.cause)}")
+    if found.same_bytes:
+        return
+    command = f"logitcask score --model {teacher} --student-tokenizer {student}"
+    click.echo(
+        f"next: {command} --store STORE --teacher NAME, then `train` with an objective over "
+    )
+    click.echo("spans, which `logitcask objectives` lists; --prompts FILE with a chat template")
 
 
 def _lines(file: Path) -> Iterator[tuple[str, bytes]]:

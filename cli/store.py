@@ -41,7 +41,14 @@ def info(url: str, form: str) -> None:
 
     with progress_bar():
         found = summary(open_store(url))
+    if form == "json":
+        print_result(found, form)
+        return
+    spans = found.pop("spans", {})
     print_result(found, form)
+    for teacher, words in spans.items():
+        click.echo(f"\n{visible(teacher)}: another tokenizer, so its scores are of spans")
+        print_result(words, form)
 
 
 @store_command.command("ls")

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from logitcask.engine.alignment.alignment import align_tokenizers
+from logitcask.engine.alignment.span_scores import NO_TWIN
 from logitcask.engine.commands.resolve import columns_of
 from logitcask.engine.config.prompts import is_hub
 from logitcask.engine.config.sections import RunConfig
@@ -15,11 +17,12 @@ from logitcask.engine.errors import LogitcaskError, ModelError
 from logitcask.engine.estimate.sizes import find_size
 from logitcask.engine.findings import Finding, fault
 from logitcask.engine.init.draft import find_model, find_prompts, needs_template
-from logitcask.engine.models.identity import config_dtype
+from logitcask.engine.models.identity import config_dtype, read_config, vocabulary
 from logitcask.engine.models.weight_files import weight_files
+from logitcask.engine.prompts.prompts import load_tokenizer
 from logitcask.engine.quantities import memory_size
 from logitcask.engine.teachers.remote import is_remote
-from logitcask.engine.teachers.token_maps import compare_folders
+from logitcask.engine.teachers.token_maps import OtherVocabulary, compare_folders
 
 SERVER_WAIT_S = 5.0
 ADAM_BYTES, PLAIN_BYTES, FROZEN_BYTES = 16, 8, 4
@@ -191,15 +194,60 @@ def _tokenizers(config: RunConfig, models: dict[str, _Model]) -> Finding:
     student, teacher = models["student"], models["teacher"]
     assert student.folder is not None
     assert teacher.folder is not None
-    shared = compare_folders(student.folder, teacher.folder, teacher.name)
+    named = bool(config.teacher.student_tokenizer)
+    try:
+        shared = compare_folders(student.folder, teacher.folder, teacher.name)
+    except OtherVocabulary as other:
+        return _spans(config, student.folder, teacher.folder, other.cause)
     if shared is None:
         return Finding(check="tokenizers", state="ok", message="the same ids in both models")
-    named = bool(config.teacher.student_tokenizer)
+    if named or not _over_spans(config):
+        return Finding(
+            check="tokenizers",
+            state="note" if named else "fault",
+            message=shared.note(teacher.name),
+            hint="" if named else f'set teacher.student_tokenizer = "{student.name}"',
+        )
+    return _spans(config, student.folder, teacher.folder, shared.note(teacher.name))
+
+
+def _over_spans(config: RunConfig) -> bool:
+    from logitcask.engine.objectives import parse_objective
+
+    return parse_objective(config.train.objective).objective.over_spans
+
+
+def _spans(config: RunConfig, student: Path, teacher: Path, cause: str) -> Finding:
+    """Check a teacher whose scores are of spans. Raises ModelError as align_tokenizers."""
+    if not _over_spans(config):
+        return Finding(
+            check="tokenizers",
+            state="fault",
+            message=f"{cause}, so its scores are of spans, and the objective "
+            f"{config.train.objective!r} reads scores of the student's tokens",
+            hint='set train.objective to one over spans, as "span_advantage"; `logitcask '
+            "objectives` lists them",
+        )
+    ours, theirs = load_tokenizer(student), load_tokenizer(teacher)
+    stops = (
+        vocabulary(path, read_config(path), each)[1]
+        for path, each in ((student, ours), (teacher, theirs))
+    )
+    found = align_tokenizers(
+        ours,
+        theirs,
+        student_stops=next(stops),
+        teacher_stops=next(stops),
+        chat_template=bool(config.prompts.chat_template),
+    )
+    common = int((found.to_teacher != NO_TWIN).sum())
     return Finding(
         check="tokenizers",
-        state="note" if named else "fault",
-        message=shared.note(teacher.name),
-        hint="" if named else f'set teacher.student_tokenizer = "{student.name}"',
+        state="note",
+        message=f"{cause}, so its scores are of spans; {common:,} of the student's "
+        f"{len(found.to_teacher):,} ids have a token of the same bytes there",
+        hint=f"`logitcask doctor tokenizers {config.student.model} {config.teacher.model} --texts "
+        "FILE` shows how the two divide your texts",
     )
 
 

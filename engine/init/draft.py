@@ -21,7 +21,7 @@ from logitcask.engine.prompts.source import Source, no_file, open_source
 from logitcask.engine.prompts.templates import Rendering
 from logitcask.engine.recipes.named import PAIRS, load_recipe, recipe_names
 from logitcask.engine.teachers.remote import is_remote
-from logitcask.engine.teachers.token_maps import compare_folders
+from logitcask.engine.teachers.token_maps import OtherVocabulary, compare_folders
 
 Tables = dict[str, Any]
 """Section -> key -> value."""
@@ -29,6 +29,9 @@ Tables = dict[str, Any]
 STORE = "store"
 ROUNDS, PROMPTS_PER_ROUND = 100, 64
 MAX_NEW_TOKENS = 2048
+
+OVER_SPANS = "span_advantage"
+"""Objective for a teacher with another tokenizer."""
 
 RATES = (
     (1e7, 1e-3, "make demo, with 0.4 million parameters"),
@@ -136,8 +139,15 @@ def _of_pair(
             notes.append(f"{name} is not on this machine yet: `distill` downloads it")
     if student is not None:
         new = min(new, max(1, context_length(student) // 2))
+    objective = Train().objective
     if student is not None and teacher is not None:
-        shared = compare_folders(student, teacher, answers.teacher)
+        try:
+            shared = compare_folders(student, teacher, answers.teacher)
+        except OtherVocabulary as other:
+            shared, objective = None, OVER_SPANS
+            notes.append(
+                f"{other.cause}, so its scores are of spans, and the objective is {OVER_SPANS}"
+            )
         if shared is not None:
             names["teacher"]["student_tokenizer"] = answers.student
             notes.append(shared.note(answers.teacher))
@@ -150,7 +160,7 @@ def _of_pair(
         "store": {"url": STORE},
         "rollout": {"n": 4, "max_new_tokens": new},
         "eval": {"max_new_tokens": new},
-        "train": {"objective": Train().objective, "learning_rate": rate},
+        "train": {"objective": objective, "learning_rate": rate},
         "loop": {"rounds": ROUNDS, "prompts_per_round": PROMPTS_PER_ROUND},
         "run": {},
     }, notes

@@ -28,9 +28,7 @@ from logitcask.engine.teachers.remote import (
     remote_model_ref,
     urls_of,
 )
-from logitcask.engine.teachers.token_maps import (
-    shared_vocabulary,
-)
+from logitcask.engine.teachers.token_maps import OtherVocabulary, shared_vocabulary
 from logitcask.engine.teachers.verified import CONTROL_K, CONTROL_SEQUENCES, VerifiedTeacher
 from logitcask.engine.types import ModelRef
 
@@ -186,7 +184,16 @@ def _student(model: ModelRef, name: str, server: Any) -> Iterator[Finding]:
 
 
 def _ids(student: dict[str, Any], model: ModelRef, name: str, server: Any) -> Finding:
-    shared = shared_vocabulary(student, model, name)
+    try:
+        shared = shared_vocabulary(student, model, name)
+    except OtherVocabulary as other:
+        return Finding(
+            check="ids",
+            state="note",
+            message=f"{other.cause}, so its scores are of spans",
+            hint=f"score with --student-tokenizer {name}, and train with an objective over spans, "
+            "which `logitcask objectives` lists",
+        )
     if shared is None:
         return Finding(check="ids", state="ok", message=f"{student['n_vocab']}, the student's own")
     server.n_vocab = shared.n_vocab

@@ -225,6 +225,22 @@ def test_each_fault_of_a_configuration_is_found(
     assert (result.code, "not a logitcask store" in result.out) == (1, True)
 
 
+def test_a_teacher_with_another_tokenizer_is_explained(world: World, call: Any) -> None:
+    command = "init --student @student --teacher @other-tokenizer --prompts @p.jsonl"
+    result = call(f"{command} --no-chat-template -o @spans.toml")
+    assert result.code == 0, result.err
+    assert "agree on" in result.err
+    assert 'objective = "span_advantage"' in world.at("@spans.toml").read_text()
+    found = checks(call("doctor @spans.toml --format json"))["tokenizers"]
+    assert found["state"] == "note"
+    assert "scores are of spans" in found["message"]
+    assert "97 of the student's 99 ids have a token of the same bytes" in found["message"]
+    assert "doctor tokenizers" in found["hint"]
+    of_rows = checks(call("doctor @spans.toml --format json --set train.objective=overlap"))
+    assert of_rows["tokenizers"]["state"] == "fault"
+    assert "span_advantage" in of_rows["tokenizers"]["hint"]
+
+
 def test_a_configuration_names_its_extras(world: World, call: Any) -> None:
     from logitcask.engine.config.parse.toml import read_toml
 

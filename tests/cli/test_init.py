@@ -124,7 +124,6 @@ def test_an_answer_that_is_wrong_is_refused_before_a_file_is_written(
     for line, code, cause, hint in (
         (f"init --student @none --teacher @teacher {prompts}", 1, "no folder", "hub id"),
         (f"init --student @student --teacher @pickled/x {prompts}", 1, "no folder", "hub id"),
-        (f"init --student @student --teacher @other-tokenizer {prompts}", 1, "agree on", "teacher"),
         (f"{models} --prompts @none.jsonl", 1, "no prompts file", "JSONL"),
         (f"{models} --prompts @bad.jsonl", 1, "bad.jsonl, line 1", '"prompt"'),
         (f"{models} --prompts @empty.jsonl", 1, "no prompt", "JSON object"),

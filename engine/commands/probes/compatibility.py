@@ -176,6 +176,13 @@ def _check(sample: Sample, teacher: str, cancel: CancelToken) -> None:
         ).close()
         return
     model = identity.model_ref(teacher, chat_template=template)
+    if model.tokenizer_digest != student["tokenizer"]:
+        raise IdentityError(
+            f"{teacher} has another tokenizer than the student, and this probe compares ids",
+            hint=f"`logitcask doctor tokenizers {config.student.model} {teacher} --texts FILE` "
+            "shows how the two divide texts; `score` takes such a teacher, and `probe reward` "
+            "reads its scores",
+        )
     check_identity(student, model)
     if config.compatibility.foreign_eos == "refuse" and not (
         set(sample.model.stop_ids) & set(model.stop_ids)
