@@ -34,7 +34,11 @@ NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 README = (ROOT / "README.md").read_text()
 URL = "http://127.0.0.1:8000"
 
-STANDS_FOR = {"Qwen/Qwen3-1.7B": "student", "Qwen/Qwen3-4B": "teacher"}
+STANDS_FOR = {
+    "Qwen/Qwen3-1.7B": "student",
+    "Qwen/Qwen3-4B": "teacher",
+    "google/gemma-3-1b-it": "other",
+}
 SMALLER = {
     "rounds = 100": "rounds = 2",
     "prompts_per_round = 64": "prompts_per_round = 2",
@@ -187,6 +191,8 @@ def shorter(line: str) -> list[str]:
     if words[1:3] in (["recipe", "cold-start"], ["recipe", "best-of-n"]):
         # Untrained models write nothing that is accepted; tests/engine/recipes runs these.
         more += ["--max-new-tokens", "8", "--dry-run"]
+    if words[1] == "score" and "other" in words:
+        more += ["--control-tokens", "cut"]  # an untrained student writes all ids
     if "--eval-prompts" in words:
         more += ["--eval-max-new-tokens", "4"]
     if words[1] in ("rollout", "score") and {"--worker"} & {*words}:
