@@ -17,12 +17,12 @@ from logitcask.engine.store.format import ragged
 from logitcask.engine.store.format.rows import lists_at, scores_at
 from logitcask.engine.types import Array, IdLists, Rollouts, Scores
 
-Score = Callable[[Rollouts, IdLists | None], tuple[Scores, float]]
+ScoreFn = Callable[[Rollouts, IdLists | None], tuple[Scores, float]]
 """Scores the teacher's rollouts, at requested ids or none; returns the scores and their seconds."""
 
 
 def score_spans(
-    alignment: Alignment, rollouts: Rollouts, score: Score, *, at_student: bool
+    alignment: Alignment, rollouts: Rollouts, score: ScoreFn, *, at_student: bool
 ) -> tuple[SpanScores, float]:
     """Return the scores over spans, and their seconds.
 
