@@ -54,10 +54,12 @@ def _check_spans(objective: Objective, cache: CacheInfo) -> None:
             isinstance(each, FixedAdvantage) for each in objective.modifiers
         ):
             return
+        rows = {name: SPAN_ROWS.get(p.objective.divergence) for name, p in SPAN_PRESETS.items()}
+        served = [name for name, row in rows.items() if row in (None, cache.span_rows)]
         raise ObjectiveError(
             "these scores are of spans, because the teacher has another tokenizer, and support "
             f"{objective.support!r} needs the student's",
-            hint=f"train with --objective {' or '.join(SPAN_PRESETS)}",
+            hint=f"train with --objective {' or '.join(served)}",
         )
     needed = SPAN_ROWS.get(objective.divergence)
     if needed is None:

@@ -10,6 +10,7 @@ from logitcask.engine.metrics.metrics import COMMON_METRICS
 from logitcask.engine.objectives import Bounds, Objective
 from logitcask.engine.objectives.bounds import SKIPPED, skips
 from logitcask.engine.objectives.evaluate import part_names
+from logitcask.engine.objectives.spans.metrics import span_metric_names
 from logitcask.engine.packing.targets import Targets
 from logitcask.engine.training.pack_loss import PackLoss
 
@@ -22,7 +23,8 @@ class MetricSums:
     def __init__(self, objective: Objective, bounds: Bounds, *, known_ages: bool) -> None:
         """Start at zero. known_ages: the versions of the rollouts count updates of this student."""
         skipped = [SKIPPED] if skips(objective, bounds) else []
-        self._names = [*COMMON_METRICS, *skipped, *part_names(objective)]
+        common = span_metric_names(objective) if objective.over_spans else COMMON_METRICS
+        self._names = [*common, *skipped, *part_names(objective)]
         self._known_ages = known_ages
         self._sums: dict[str, Tensor] = {}
 

@@ -45,8 +45,8 @@ def span_loss(
     """
     run = partial(linear_sparse_kl, n_vocab=n_vocab, logit_transform=logit_transform)
     k = max(1, min(objective.current_topk, n_vocab))
-    x = _log_probs(run, k, states, head, targets.spanned())
-    metrics, dtype = span_metrics(x, objective), x.log_p.dtype
+    x, entropy = _log_probs(run, k, states, head, targets.spanned())
+    metrics, dtype = span_metrics(x, entropy, objective), x.log_p.dtype
     weight = torch.where(x.trained, row_weight[x.first].to(dtype), 0.0)
     if skips(objective, bounds):
         skip = rows_to_skip(objective, metrics, bounds)
@@ -95,29 +95,31 @@ def span_values(
     """
     run = partial(linear_sparse_kl, n_vocab=n_vocab, logit_transform=logit_transform)
     k = max(1, min(objective.current_topk, n_vocab))
-    x = _log_probs(run, k, states, head, targets.spanned())
+    x, entropy = _log_probs(run, k, states, head, targets.spanned())
     loss = SPAN_LOSSES[objective.divergence](x, objective.k, objective.parameter or 0.0)
     loss = torch.where(x.trained, loss, 0.0)
-    return {**span_metrics(x, objective), "loss": _at_first(x, loss)}
+    return {**span_metrics(x, entropy, objective), "loss": _at_first(x, loss)}
 
 
 @torch.no_grad()
 def _log_probs(
     run: Callable[..., Any], k: int, states: Tensor, head: Tensor, rows: Targets
-) -> SpanLogProbs:
-    """Return both models on the spans, without a gradient."""
+) -> tuple[SpanLogProbs, Tensor]:
+    """Return both models on the spans, without a gradient, and [P] entropies of the student."""
     log_p = states.new_empty(rows.ids.shape, dtype=torch.float32)
     if states.dtype == torch.float64:
         log_p = log_p.double()
+    entropy = log_p.new_empty(len(rows))
     top_ids = torch.empty(len(rows), k, dtype=torch.int64, device=states.device)
 
     def keep(view: ObjectiveInput) -> ObjectiveGrad:
         log_p[view.index] = view.log_p
         top_ids[view.index] = view.top_ids
+        entropy[view.index] = view.entropy
         return _grad(view.log_p.new_zeros(len(view.index)), torch.zeros_like(view.log_p))
 
     run(states, head, rows.ids, keep, k=k)
-    return SpanLogProbs(log_p, rows, rows.topk_index(top_ids))
+    return SpanLogProbs(log_p, rows, rows.topk_index(top_ids)), entropy
 
 
 def _at_first(x: SpanLogProbs, values: Tensor) -> Tensor:

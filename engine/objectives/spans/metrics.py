@@ -11,8 +11,21 @@ from logitcask.engine.objectives.spans.losses import SPAN_ROWS
 from logitcask.engine.objectives.spans.sorted_probs import uld_bounds
 
 
-def span_metrics(x: SpanLogProbs, objective: Objective) -> dict[str, Tensor]:
+def span_metric_names(objective: Objective) -> tuple[str, ...]:
+    """Return the names of span_metrics."""
+    reads = objective.divergence in SPAN_ROWS
+    return (
+        *("span/reverse_kl", "span/one_to_one", "span/gap"),
+        *("nll/student", "entropy/student", "cache/approx_kl"),
+        *(("span/unmapped", "span/tail") if reads else ()),
+        *(("span/uld_width",) if objective.divergence == "uld" else ()),
+    )
+
+
+def span_metrics(x: SpanLogProbs, entropy: Tensor, objective: Objective) -> dict[str, Tensor]:
     """Return name -> [P] of log-probs without a gradient; a value of a span is shared by its rows.
+
+    entropy: [P] of the student, nats.
 
     span/reverse_kl   (log p - log q) of the span for each token of the student, nats
     span/one_to_one   1 in a span of one token on both sides
@@ -29,6 +42,7 @@ def span_metrics(x: SpanLogProbs, objective: Objective) -> dict[str, Tensor]:
         "span/one_to_one": of_rows(x, one.to(dtype)),
         "span/gap": (x.span == x.count).to(dtype),
         "nll/student": -x.token_log_p,
+        "entropy/student": entropy,
         "cache/approx_kl": log_r.exp() - 1 - log_r,
     }
     if objective.divergence in SPAN_ROWS:

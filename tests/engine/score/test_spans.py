@@ -17,12 +17,14 @@ from logitcask.engine.alignment.span_scores import ENDS, NO_TWIN, NONE, STARTS, 
 from logitcask.engine.backends.hf import HF
 from logitcask.engine.errors import ConfigError, IdentityError, ObjectiveError
 from logitcask.engine.objectives import PRESETS
+from logitcask.engine.objectives.bounds import SKIPPED
+from logitcask.engine.objectives.spans.metrics import span_metric_names
 from logitcask.engine.packing.source import PackSource
 from logitcask.engine.prompts.prompts import load_tokenizer
 from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import open_store
 from logitcask.engine.training.cache_info import check_objective
-from logitcask.engine.training.pack_loss import pack_loss
+from logitcask.engine.training.pack_loss import OF_STUDENT, pack_loss
 from logitcask.engine.types import ModelRef, Rollouts, ScoreParams
 from tests.engine.score.scored import PROMPTS, REQUEST, FailingScorer, ref, run
 from tests.engine.tiny import CHARACTERS, make_model, save_folder
@@ -256,4 +258,5 @@ def test_what_was_stored_decides_what_trains(
         result = pack_loss(objective, states, head, targets, n_vocab=vocab)
         assert result.loss.isfinite(), name
         assert all(values.isfinite().all() for values in result.metrics.values()), name
-        assert ("span/reverse_kl" in result.metrics) == objective.over_spans
+        expected = span_metric_names(objective) if objective.over_spans else OF_STUDENT
+        assert result.metrics.keys() - {"loss/distill", "loss/ce"} == {*expected} - {SKIPPED}
