@@ -76,7 +76,7 @@ def score_request(
         config.teacher,
         config.run,
         student,
-        template=text.rendering.chat_template,
+        template=text.has_template(config.teacher.model),
         exact=config.score.exact,
         k_max=config.score.teacher_topk_max,
         cancel=cancel,

@@ -125,6 +125,12 @@ class Score(Section):
         "ids, that of its first token or of its last; none = log-probs of its tokens alone, a few "
         "bytes a position.",
     )
+    chat_template: bool | None = Field(
+        None,
+        description="For a teacher with another tokenizer: render the prompts file, --prompts, by "
+        "its own chat template; or let it read the bytes of the stored prompts, which were plain "
+        "texts. Default: as the rollouts record.",
+    )
     control_tokens: Literal["refuse", "cut"] = Field(
         "refuse",
         description="For a teacher with another tokenizer, responses with a control token of the "

@@ -50,19 +50,20 @@ class RolloutText:
             positions=settings.positions,
             selection=settings.selection,
         )
-        template = self.rendering.chat_template
+        template = self.has_template(model.name)
         rendered = template and settings.teacher_kind != "context"
         if rendered and self.source is None:
             raise ConfigError(
                 f"{model.name} has another tokenizer than the student, whose chat template "
                 "rendered the prompts: this teacher needs a rendering by its own",
                 hint="give the prompts file that `logitcask rollout` read: --prompts FILE; or "
-                "prompts for this teacher: --teacher-kind context --context FILE",
+                "prompts for this teacher: --teacher-kind context --context FILE; or "
+                "--no-chat-template where the prompts are plain texts, as some imported ones",
             )
         if settings.prompts is not None and not template and settings.prompt_template is None:
             raise ConfigError(
-                f"prompts = {settings.prompts}, and no chat template rendered the prompts: "
-                f"{model.name} reads their bytes",
+                f"prompts = {settings.prompts}, and no chat template renders them: {model.name} "
+                "reads the bytes of the stored prompts",
                 hint="leave --prompts out",
             )
         ours, theirs = student_tokenizer(student, named), load_tokenizer(model.path)
@@ -92,13 +93,23 @@ class RolloutText:
         )
         return replace(alignment, prompts=prompts)
 
+    def has_template(self, name: str) -> bool:
+        """Return whether the teacher's chat template renders its prompts."""
+        recorded, requested = self.rendering.chat_template, self.score.chat_template
+        if requested and not recorded:
+            raise ConfigError(
+                f"chat_template = True, and {name} would read turns where the student read texts",
+                hint="leave --chat-template out: no chat template rendered these prompts",
+            )
+        return recorded if requested is None else requested
+
     def check_unaligned(self, model: ModelRef) -> None:
         """Raise ConfigError for settings that a teacher with the student's tokenizer ignores."""
         settings = self.score
         unused = dict[str, str]()
-        for key in ("span_topk", "control_tokens"):
+        for key in ("span_topk", "control_tokens", "chat_template"):
             if (value := getattr(settings, key)) != Score.model_fields[key].default:
-                unused[key] = value
+                unused[key] = str(value)
         if settings.prompts is not None and settings.prompt_template is None:
             unused["prompts"] = str(settings.prompts)
         for key, value in unused.items():

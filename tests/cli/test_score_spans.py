@@ -50,13 +50,18 @@ def test_a_teacher_renders_the_prompts_by_its_own_chat_template(world: World, ca
     world.at(hint).write_text("Hint. {prompt}")
     assert call(f"{CHAT} {store}").code == 0
     call(score_command(store)).assert_error(2, "needs a rendering by its own", "--prompts FILE")
+    call(score_command(store, "--no-chat-template --prompts @p.jsonl")).assert_error(
+        2, "reads the bytes", "leave --prompts out"
+    )
+    assert call(score_command(store, "--no-chat-template", "bytes")).code == 0
     plain = score_command(store, "--prompts @p.jsonl --format json")
     assert call(plain).json["units_new"] == UNITS
     assert call(plain).json["units_new"] == 0
     hinted = f"--teacher-kind context --prompt-template {hint} --prompts @p.jsonl"
     assert call(score_command(store, hinted, "hinted")).code == 0
     lines = [json.loads(line) for line in world.at("@p.jsonl").read_text().splitlines()]
-    for name, begin in (("new", ""), ("hinted", "Hint. ")):
+    # The template of these students writes no control token, so its text can be read as bytes.
+    for name, begin in (("new", ""), ("bytes", ""), ("hinted", "Hint. ")):
         text_of = {e["id"]: f"user: {begin}{e['prompt']}\nassistant: " for e in lines}
         for rollouts, found in scored(world, store, name):
             lp = expected(world, rollouts, text_of)

@@ -34,7 +34,7 @@ def open_loop_teacher(
             config.teacher,
             config.run,
             inputs.model.provenance(),
-            template=inputs.rendering.chat_template,
+            template=text.has_template(config.teacher.model),
             exact=config.score.exact,
             k_max=config.score.teacher_topk_max,
             cancel=cancel,
