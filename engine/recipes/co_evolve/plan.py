@@ -83,12 +83,15 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pairing:
-    """The objective, and whether two tokenizers are compared."""
+    """The objective, and what each scoring gets where the tokenizers differ."""
 
-    compared: bool
-    """They differ, so each scoring compares them: it gets the tokenizer of the other student."""
     objective: str
     """Of both students."""
+    differ: bool = False
+    """Each scoring gets the tokenizer of the student that sampled."""
+    rendered: tuple[str, ...] = ()
+    """Sides whose prompts a chat template renders and the other student reads by its own: it has
+    another vocabulary, and their scoring gets the prompts file."""
 
 
 def check_config(config: RunConfig) -> None:
@@ -199,15 +202,20 @@ def _score(config: RunConfig, pairing: Pairing, side: str, number: int) -> Score
             model=scorer.model,
             revision=scorer.revision,
             name=f"{_other(side)}-{number}",
-            student_tokenizer=own if pairing.compared else "",
+            student_tokenizer=own if pairing.differ else "",
         ),
         store=config.store.model_copy(update={"rollouts": _rollouts(config, side, number)}),
-        score=Score(**config.score.model_dump(exclude_defaults=True)),
+        score=Score(
+            **config.score.model_dump(exclude_defaults=True),
+            prompts=prompts_of(config, number) if side in pairing.rendered else None,
+        ),
         run=_run(config, number),
     )
 
 
 def _train(config: RunConfig, pairing: Pairing, side: str, number: int) -> TrainConfig:
+    own = pairing.objective == config.train.objective
+    loss_topk = config.train.loss_topk if own else None
     return TrainConfig(
         student=student_in(config, side, number),
         store=StoreSection(url=config.store.url, rollouts=_rollouts(config, side, number)),
@@ -215,6 +223,7 @@ def _train(config: RunConfig, pairing: Pairing, side: str, number: int) -> Train
             update={
                 "teacher": f"{_other(side)}-{number}",
                 "objective": pairing.objective,
+                "loss_topk": loss_topk,
                 "args": {key: each for key, each in config.train.args.items() if key not in HUB},
             }
         ),

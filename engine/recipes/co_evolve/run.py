@@ -26,6 +26,9 @@ from logitcask.engine.estimate.left import Approve, refuse_full_disk
 from logitcask.engine.events import EventHandler
 from logitcask.engine.models.digests import read_json, replace_text, write_json
 from logitcask.engine.models.identity import METADATA_FILE, resolve_model
+from logitcask.engine.objectives import Objective
+from logitcask.engine.objectives.supports import SPANS
+from logitcask.engine.prompts.prompts import chat_template_for, load_tokenizer
 from logitcask.engine.prompts.source import open_source
 from logitcask.engine.recipes.co_evolve.plan import (
     SIDES,
@@ -38,10 +41,13 @@ from logitcask.engine.recipes.co_evolve.plan import (
     student_in,
 )
 from logitcask.engine.recipes.prompt_text import written
-from logitcask.engine.teachers.token_maps import compare_folders
+from logitcask.engine.teachers.checks import check_spans
+from logitcask.engine.teachers.token_maps import OtherVocabulary, compare_folders
 from logitcask.engine.training.run_dir.files import check_same, make_folder
 from logitcask.engine.types import Progress, no_progress
 
+OVER_SPANS = "span_advantage"
+"""Objective of two students with other vocabularies, where the file has one of equal ids."""
 SETTINGS = "co-evolve.json"
 """Settings of the rounds in OUT; their number may grow."""
 
@@ -106,7 +112,7 @@ def check_co_evolve(config: RunConfig, on_event: EventHandler = lambda line: Non
     """Raise what needs no weights and would stop `run_co_evolve`; return the pairing.
 
     Raises ConfigError for settings that two students cannot have, for too few prompts and for an
-    unknown objective, IdentityError for tokenizers that cannot be joined, PromptError.
+    unknown objective, PromptError, and ModelError for a tokenizer without bytes.
     """
     if (size := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise ConfigError(
@@ -115,16 +121,47 @@ def check_co_evolve(config: RunConfig, on_event: EventHandler = lambda line: Non
             "torchrun",
         )
     check_config(config)
-    find_objective(config.train)
+    objective = find_objective(config.train).objective
     _check_prompts(config)
     first, second = (
         resolve_model(each.model, each.revision, weights=False)
         for each in (student_in(config, side, 1) for side in SIDES)
     )
-    shared = compare_folders(first, second, config.teacher.model)
+    try:
+        shared = compare_folders(first, second, config.teacher.model)
+    except OtherVocabulary:
+        return _over_spans(config, objective, (first, second), on_event)
     if shared is not None:
         on_event(shared.note(config.teacher.model))
-    return Pairing(compared=shared is not None, objective=config.train.objective)
+    return Pairing(objective=config.train.objective, differ=shared is not None)
+
+
+def _over_spans(
+    config: RunConfig, objective: Objective, folders: tuple[Path, Path], on_event: EventHandler
+) -> Pairing:
+    """Return the pairing of two vocabularies, which score spans of equal bytes."""
+    score, chosen = config.score, config.train.objective
+    check_spans(
+        config.teacher.model,
+        extra_ids=score.extra_ids,
+        positions=score.positions,
+        selection=score.selection,
+    )
+    if objective.support != SPANS:
+        on_event(
+            f"note: the two have other vocabularies, so the objective is {OVER_SPANS} in place of "
+            f"{chosen}; train.objective may name another one over spans"
+        )
+        chosen = OVER_SPANS
+    source = open_source(
+        config.prompts.file, columns_of(config.prompts), limit=config.prompts.limit
+    )
+    rendered = [
+        side
+        for side, folder in zip(SIDES, folders, strict=True)
+        if chat_template_for(source, load_tokenizer(folder), config.prompts.chat_template)
+    ]
+    return Pairing(objective=chosen, differ=True, rendered=tuple(rendered))
 
 
 def prove_co_evolve(config: RunConfig, on_event: EventHandler = lambda line: None) -> Pairing:

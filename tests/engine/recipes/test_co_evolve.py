@@ -137,7 +137,7 @@ def test_printed_commands_mean_the_same(calls: tuple[Path, list[CoEvolveReport]]
         train={"args": {"adam_epsilon": 1e-7}, "keep_checkpoints": True},
         store={"profile": "compact"},
     )
-    pairing = Pairing(compared=True, objective="sampled_token")
+    pairing = Pairing(objective="sampled_token", differ=True, rendered=("second",))
     commands = {"rollout": rollout_command, "score": score_command, "train": train_command}
     found = list(steps(config, pairing))
     assert [(each.command, each.side) for each in found[:6]] == [
@@ -157,7 +157,7 @@ def test_another_tokenizer_is_compared_for_each_scoring(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "1 + 1 ="}\n' * ROUND)
     config, notes = pair(tmp_path), list[str]()
     pairing = check_co_evolve(config, notes.append)
-    assert pairing.compared
+    assert (pairing.differ, pairing.rendered) == (True, ())
     assert "differ in 1 ids" in notes[0]
     given = [
         (step.side, step.config.teacher.student_tokenizer)
@@ -165,6 +165,39 @@ def test_another_tokenizer_is_compared_for_each_scoring(tmp_path: Path) -> None:
         if isinstance(step.config, ScoreConfig)
     ]
     assert given[:2] == [("first", str(tmp_path / "a")), ("second", str(tmp_path / "b"))]
+
+
+def test_two_vocabularies_score_spans(tmp_path: Path) -> None:
+    """Train a student of characters and one whose ids are other characters, for one round."""
+    save_folder(tmp_path / "a", make_model(seed=0))
+    turned = make_tokenizer(characters=CHARACTERS[::-1])
+    save_folder(tmp_path / "b", make_model(seed=1), turned)
+    lines = [{"prompt": f"{i} + {i} ="} for i in range(ROUND)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    notes = list[str]()
+    config = pair(
+        tmp_path,
+        loop={"rounds": 1},
+        prompts={"chat_template": True},
+        score={"control_tokens": "cut"},
+        train={"objective": "opd", "loss_topk": 4},
+    )
+    report = run_co_evolve(config, on_event=notes.append)
+    assert report.objective == "span_advantage"
+    assert any("span_advantage in place of opd" in note for note in notes)
+    snapshot = open_store(str(tmp_path / "store")).head()
+    for name in ("first-1", "second-1"):
+        ((scored,),) = snapshot.scores(name).values()
+        assert scored.layout.startswith("spans")
+    # Nats of a whole span: two random models of 99 ids are far from each other.
+    assert all(loss > 0.1 for loss in report.trained.values())
+    chosen = config.train.model_copy(update={"objective": "alm", "loss_topk": None})
+    other = config.model_copy(update={"train": chosen})
+    pairing = check_co_evolve(other)
+    assert pairing == Pairing(objective="alm", differ=True, rendered=("first", "second"))
+    (first, *_) = [step.config for step in steps(other, pairing) if step.command == "score"]
+    assert isinstance(first, ScoreConfig)
+    assert first.score.prompts == tmp_path / "run" / "prompts-1.jsonl"
 
 
 def test_a_dry_run_writes_nothing(calls: tuple[Path, list[CoEvolveReport]]) -> None:
