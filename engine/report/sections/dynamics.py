@@ -121,8 +121,7 @@ SPECS = (
     Spec(
         id="entropy-gap",
         title="Entropy gap",
-        how="Mean absolute difference of both entropies at a position. It falls towards 0 as the "
-        "student becomes as sure as the teacher, where the teacher is.",
+        how="Mean absolute difference of both entropies at a position; 0 where both are as sure.",
         y=Axis(name="entropy gap", unit="nats"),
         keys=(("entropy/gap", ""), ("eval/entropy/gap", "held out")),
     ),
@@ -186,16 +185,15 @@ SPECS = (
     Spec(
         id="uncached",
         title="Uncached mass",
-        how="Probability of the student on ids of its 16 best without a stored score. It should "
-        "stay near 0.",
+        how="Probability of the student on ids of its 16 best without a score: good near 0.",
         y=_MASS,
         keys=(("cache/uncached_mass", ""),),
     ),
     Spec(
         id="age",
         title="Age of the data",
-        how="Mean number of updates between the student that sampled a position and the one in "
-        "training, and of the refresh of a teacher that follows it. 0 is on policy.",
+        how="Mean updates between the student that sampled a position, or the refresh of a teacher "
+        "that follows it, and the student in training. 0 is on policy.",
         y=Axis(name="age", unit="updates"),
         keys=(("cache/age", "rollouts"), ("cache/teacher_age", "teacher")),
     ),
@@ -259,7 +257,7 @@ def dynamics(runs: Sequence[RunFacts]) -> Section:
     if ACCURACY in missed:
         absent.append(Absent(title=ACCURACY.title, why=_NOT_GRADED))
     if others := ", ".join(spec.title for spec in missed if spec is not ACCURACY):
-        absent.append(Absent(title=others, why="no update of these runs has logged it yet"))
+        absent.append(Absent(title=others, why="not logged yet, or of one tokenizer alone"))
     return Section(id="dynamics", title="Dynamics", panels=tuple(panels), absent=tuple(absent))
 
 

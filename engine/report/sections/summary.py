@@ -125,7 +125,7 @@ def held_out(run: RunFacts, name: str = "") -> Iterator[Sentence]:
 
 
 def learned(run: RunFacts) -> Iterator[Sentence]:
-    """Yield what overlap, advantage and entropies did."""
+    """Yield what overlap, advantage, entropies and spans did."""
     found = {
         key: change(run.updates, key)
         for key in (
@@ -133,6 +133,7 @@ def learned(run: RunFacts) -> Iterator[Sentence]:
             "entropy/gap",
             "entropy/student",
             "entropy/teacher",
+            "span/reverse_kl",
         )
     }
     yield from overlap(run)
@@ -152,6 +153,11 @@ def learned(run: RunFacts) -> Iterator[Sentence]:
             f"{teacher.after:.3g}: its samples lose variety. More varied prompts help, or a "
             "forward divergence.",
             state="warning",
+        )
+    if spans := found["span/reverse_kl"]:
+        yield Sentence(
+            text=f"The log-ratio of spans, log p - log q for each token, {moved(spans, 'nats')}.",
+            state=_state(-spans.direction),
         )
     if any(found.values()):
         window = next(each.window for each in found.values() if each)

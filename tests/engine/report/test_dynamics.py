@@ -44,7 +44,7 @@ def test_what_is_missing_says_why():
     assert [each.id for each in section.panels] == ["loss"]
     missing = {each.title: each.why for each in section.absent}
     assert "--eval-prompts" in missing["Accuracy"]
-    (others,) = (title for title, why in missing.items() if "no update" in why)
+    (others,) = (title for title, why in missing.items() if "not logged" in why)
     assert "Coverage, Uncached mass" in others
     assert "Skipped positions" not in others
 
