@@ -16,8 +16,8 @@ def objectives_command(name: str | None, form: str) -> None:
     """List the objectives that have a name, or explain one.
 
     p is the student, q the teacher, ~ renormalised on S, sg[] held fixed, A = log q - log p, y the
-    sampled id. With a NAME, also its source, what it needs and what ages; it may have fields of its
-    own and modifiers, as --objective takes it.
+    sampled id, s a span of tokens of two tokenizers. With a NAME, also its source, what it needs
+    and what ages; it may have fields of its own and modifiers, as --objective takes it.
 
     Example: logitcask objectives "sampled_token+importance(cap=5)"
     """

@@ -10,6 +10,7 @@ from logitcask.engine.objectives.spans import SPAN_PARAMETERS
 SPAN = "teacher's log-probs of its own tokens (score with any teacher)"
 STARTS = f"{SPAN}, and its ids at the start of each span (score --span-topk starts)"
 ENDS = f"{SPAN}, and its ids at the last row of each span (score --span-topk ends)"
+STORED = "the shared ids are those that are stored, at any age; watch span/unmapped and span/tail"
 HEURISTIC = (
     "The teacher's next token and the student's are different events, even of the same bytes: such "
     "a loss has a floor that is no error of the student. "
@@ -68,7 +69,7 @@ ON_SPANS = (
         formula="JSD(q', p') on ids of equal bytes + sum |p'_(i) - q'_(i)| of others, x' = x at "
         "the span's start times x of its later tokens",
         needs=f"{STARTS}, the student's ids among them",
-        staleness=FIXED,
+        staleness=STORED,
         note=HEURISTIC + "TRL's own rows are one late. Both weights are 1; beta is 0.5: "
         "gold(parameter=0.1) sets another.",
     ),
@@ -78,7 +79,7 @@ ON_SPANS = (
         source="TRL, experimental GOLDTrainer, uld_use_hybrid_loss, merge `bayesian`",
         formula="as gold, x' = x at the span's last row times x of its earlier tokens",
         needs=f"{ENDS}, the student's ids among them",
-        staleness=FIXED,
+        staleness=STORED,
         note=HEURISTIC + "Inside a span the two models have read different bytes.",
     ),
     Preset(
@@ -87,7 +88,7 @@ ON_SPANS = (
         source="arXiv 2605.07711, SimCT, of log-probs",
         formula="KL(p~ || q~) on S = the ids of equal bytes at the span's start, and the span",
         needs=STARTS,
-        staleness="the shared ids are those that are stored; watch span/unmapped and span/tail",
+        staleness=STORED,
         note=HEURISTIC + "The released code has raw logits, and of a span their mean: no cache of "
         "log-probs gives those.",
     ),
@@ -97,7 +98,7 @@ ON_SPANS = (
         source="arXiv 2605.21699, X-Token, P-KL; NeMo-RL, _compute_p_kl, on the stored ids",
         formula="T^2 KL(q~ || p~) on the ids of equal bytes at the span's start, both at p^(1 / T)",
         needs=STARTS,
-        staleness="the shared ids are those that are stored; watch span/unmapped and span/tail",
+        staleness=STORED,
         note=HEURISTIC + "NeMo-RL compares means over the rows of a span, on the best ids of a "
         "batch: another loss. T is 1: x_token(parameter=2) sets another.",
     ),
