@@ -225,7 +225,7 @@ def _compared(
     if text is not None and shared is None and not is_same:
         alignment = text.align(model, student, source)
     elif text is not None:
-        text.check_unaligned(model)
+        text.check_unused(f"{model.name} has the student's tokenizer")
     if shared is not None:
         model = replace(model, n_vocab=shared.n_vocab)
     notes = check_identity(student, model, shared, alignment)

@@ -103,8 +103,8 @@ class RolloutText:
             )
         return recorded if requested is None else requested
 
-    def check_unaligned(self, model: ModelRef) -> None:
-        """Raise ConfigError for settings that a teacher with the student's tokenizer ignores."""
+    def check_unused(self, reason: str) -> None:
+        """Raise ConfigError for settings that only scores over spans have; reason: no such ones."""
         settings = self.score
         unused = dict[str, str]()
         for key in ("span_topk", "control_tokens", "chat_template"):
@@ -114,6 +114,6 @@ class RolloutText:
             unused["prompts"] = str(settings.prompts)
         for key, value in unused.items():
             raise ConfigError(
-                f"{key} = {value}, and {model.name} has the student's tokenizer",
+                f"{key} = {value}, and {reason}",
                 hint=f"leave --{key.replace('_', '-')} out",
             )

@@ -99,14 +99,18 @@ def test_a_loop_scores_spans_in_every_round(world: World, call: Any) -> None:
     config, store = world.new("spans.toml"), world.new("loop")
     text = world.at("@d.toml").read_text().replace("loss_topk = 4\n", "")
     world.at(config).write_text(text)
-    command = (
-        f"distill {config} --set teacher.model=other-tokenizer --set run.out={world.at(store)}-out "
-        f"--set store.url={world.at(store)} --set score.control_tokens=cut"
+    keys = (
+        f"--set teacher.model=other-tokenizer --set run.out={world.at(store)}-out "
+        f"--set store.url={world.at(store)}"
     )
-    call(command.replace(config, "@d.toml")).assert_error(
+    call(f"distill @d.toml {keys}").assert_error(
         1, "the student's tokenizer is", "an objective over spans"
     )
-    result = call(f"{command} --set train.objective=span_advantage")
+    call(f"distill @d.toml {keys} --set score.span_topk=ends").assert_error(
+        2, "the objective is not over spans", "leave --span-topk out"
+    )
+    keys += " --set score.control_tokens=cut --set train.objective=span_advantage"
+    result = call(f"distill {config} {keys}")
     assert result.code == 0, result.err
     opened = open_store(world.at(store)).head()
     assert len(opened.scores("big")) == len(opened.rollouts("main")) > 0

@@ -24,6 +24,9 @@ def open_loop_teacher(
     `open_teacher` does, and PromptError for a context that lacks a prompt.
     """
     config, text = inputs.config, _text(inputs, on_event)
+    over_spans = inputs.preset.objective.over_spans
+    if not over_spans:
+        text.check_unused("the objective is not over spans")
     if inputs.follow_every:
         scorer: Any = open_backend("hf")
         if not live:
@@ -39,7 +42,7 @@ def open_loop_teacher(
             k_max=config.score.teacher_topk_max,
             cancel=cancel,
             # Before it is loaded: another objective cannot read scores of spans.
-            text=text if inputs.preset.objective.over_spans else None,
+            text=text if over_spans else None,
         )
     try:
         context = context_of(inputs, teacher, text)
