@@ -81,7 +81,7 @@ def align_rollouts(alignment: Alignment, rollouts: Rollouts) -> AlignedRollouts:
         spans=spans,
         marks=marks,
         student_marks=_marks(spans[:, :2], rollouts.positions),
-        texts=_digests(teacher),
+        texts=text_digests(teacher),
     )
 
 
@@ -172,8 +172,8 @@ def _marks(spans: Array, count: int) -> Array:
     return marks
 
 
-def _digests(rollouts: Rollouts) -> Array:
-    """Return [N] int64, of the ids of each prompt and response."""
+def text_digests(rollouts: Rollouts) -> Array:
+    """Return [N] int64, the digest of the ids of each prompt and response: see SpanScores.texts."""
     prompts = [np.array(p.token_ids, "<u4").tobytes() for p in rollouts.prompts]
     found = []
     for i, of in enumerate(rollouts.seq_prompt.tolist()):

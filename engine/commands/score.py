@@ -20,6 +20,7 @@ from logitcask.engine.prompts.teacher_context import read_template, templated
 from logitcask.engine.score.plan import ScoreReport, score
 from logitcask.engine.score.planner import plan_scores
 from logitcask.engine.score.positions_file import read_positions
+from logitcask.engine.score.same_texts import SameTexts
 from logitcask.engine.score.unit import ScoreRequest
 from logitcask.engine.store import Snapshot, Store, open_store
 from logitcask.engine.teachers.alignment import RolloutText
@@ -90,6 +91,10 @@ def score_request(
             context = teacher_context(text, model, source, named=config.teacher.student_tokenizer)
             if alignment is not None:
                 alignment = replace(alignment, prompts=context)
+        same_texts = None
+        if config.score.same_texts:
+            dtype = str(teacher.scorer.describe().get("dtype"))
+            same_texts = SameTexts(store, snapshot, config.score.same_texts, model, dtype)
         return ScoreRequest(
             store=store,
             model=model,
@@ -106,6 +111,7 @@ def score_request(
             eos_rows=config.score.foreign_eos,
             shared=teacher.shared,
             alignment=alignment,
+            same_texts=same_texts,
             notes=(*teacher.notes, *notes, *said),
             provenance_extra=teacher.provenance_extra,
         )

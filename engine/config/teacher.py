@@ -125,6 +125,14 @@ class Score(Section):
         "ids, that of its first token or of its last; none = log-probs of its tokens alone, a few "
         "bytes a position.",
     )
+    same_texts: str = Field(
+        "",
+        pattern=rf"{NAME}|^$",
+        description="With --span-topk none: name of this teacher's scores over spans of the same "
+        "texts in another student's tokens. Log-probs of equal texts are taken from there, and the "
+        "teacher scores the others alone.",
+        validate_default=True,
+    )
     chat_template: bool | None = Field(
         None,
         description="For a teacher with another tokenizer: render the prompts file, --prompts, by "
@@ -197,6 +205,16 @@ class Score(Section):
         if (draws > 0) != (info.data.get("selection") == "sampled"):
             raise ValueError("must be 1 or more with selection = sampled, and 0 with any other")
         return draws
+
+    @field_validator("same_texts")
+    @classmethod
+    def _has_no_rows(cls, same_texts: str, info: ValidationInfo) -> str:
+        if same_texts and info.data.get("span_topk") != "none":
+            raise ValueError(
+                "must be given with span_topk = none: best ids lie at rows that depend on the "
+                "student's tokens"
+            )
+        return same_texts
 
     @field_validator("extra_ids")
     @classmethod

@@ -86,6 +86,11 @@ def check_keys(config: RunConfig) -> None:
             "are stored already",
             hint="choose positions by a rule in a loop, such as first:100",
         )
+    if config.score.same_texts:
+        raise ConfigError(
+            f"score.same_texts = {config.score.same_texts}: distill does not take it",
+            hint="leave it out: every round of a loop has texts of its own",
+        )
     if config.score.teacher_kind == "base":
         raise ConfigError(
             "score.teacher_kind = base: distill does not take it",

@@ -15,6 +15,7 @@ from logitcask.engine.models.identity import digest
 from logitcask.engine.score.extra_ids import with_known, without_extra
 from logitcask.engine.score.positions import chosen_rows, score_positions
 from logitcask.engine.score.positions_file import PositionsFile
+from logitcask.engine.score.same_texts import SameTexts
 from logitcask.engine.score.spans import score_spans
 from logitcask.engine.store import ScoreSegments, Segment, Store
 from logitcask.engine.store.extend import request_ids, union
@@ -81,6 +82,9 @@ class ScoreRequest:
     alignment: Alignment | None = None
     """Of a teacher with another tokenizer, which scores spans; `context` is then in it too. None =
     its ids are the student's."""
+    same_texts: SameTexts | None = None
+    """Scores over spans of which log-probs are taken where the text is the same; only where no best
+    ids are stored."""
     notes: tuple[str, ...] = ()
     """Warnings about the teacher, for the user."""
     provenance_extra: Mapping[str, Any] = field(default_factory=dict)
@@ -137,7 +141,7 @@ def run_score_unit(
         spans, took_s = score_spans(
             request.alignment,
             rollouts,
-            lambda teacher, at: _score(request, teacher, at, report),
+            lambda teacher, at: _score_text(request, teacher, at, report),
             at_student=params.at_student,
         )
         store.commit_span_scores(
@@ -214,6 +218,15 @@ def run_score_unit(
         seconds=took_s,
     )
     return rollouts.positions if rows is None else int(rows.sum())
+
+
+def _score_text(
+    request: ScoreRequest, teacher: Rollouts, at: IdLists | None, report: Report
+) -> tuple[Scores, float]:
+    """Return the scores of the teacher's own tokens and their seconds."""
+    if request.same_texts is None:
+        return _score(request, teacher, at, report)
+    return request.same_texts.score(teacher, lambda part: _score(request, part, None, report))
 
 
 def unit_key(

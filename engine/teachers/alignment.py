@@ -107,7 +107,7 @@ class RolloutText:
         """Raise ConfigError for settings that only scores over spans have; reason: no such ones."""
         settings = self.score
         unused = dict[str, str]()
-        for key in ("span_topk", "control_tokens", "chat_template"):
+        for key in ("span_topk", "control_tokens", "chat_template", "same_texts"):
             if (value := getattr(settings, key)) != Score.model_fields[key].default:
                 unused[key] = str(value)
         if settings.prompts is not None and settings.prompt_template is None:

@@ -54,6 +54,9 @@ def test_a_teacher_renders_the_prompts_by_its_own_chat_template(world: World, ca
         2, "reads the bytes", "leave --prompts out"
     )
     assert call(score_command(store, "--no-chat-template", "bytes")).code == 0
+    again = "--no-chat-template --same-texts bytes"
+    call(score_command(store, again, "again")).assert_error(2, "same_texts", "span_topk = none")
+    assert call(score_command(store, f"{again} --span-topk none", "again")).code == 0
     plain = score_command(store, "--prompts @p.jsonl --format json")
     assert call(plain).json["units_new"] == UNITS
     assert call(plain).json["units_new"] == 0
@@ -61,7 +64,7 @@ def test_a_teacher_renders_the_prompts_by_its_own_chat_template(world: World, ca
     assert call(score_command(store, hinted, "hinted")).code == 0
     lines = [json.loads(line) for line in world.at("@p.jsonl").read_text().splitlines()]
     # The template of these students writes no control token, so its text can be read as bytes.
-    for name, begin in (("new", ""), ("bytes", ""), ("hinted", "Hint. ")):
+    for name, begin in (("new", ""), ("bytes", ""), ("again", ""), ("hinted", "Hint. ")):
         text_of = {e["id"]: f"user: {begin}{e['prompt']}\nassistant: " for e in lines}
         for rollouts, found in scored(world, store, name):
             lp = expected(world, rollouts, text_of)
