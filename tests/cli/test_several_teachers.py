@@ -77,6 +77,25 @@ def test_a_routed_run_trains_and_resumes(world: World, call: Any, store: str) ->
         assert (big == other == routed) == (name == "progress/positions")
 
 
+def test_a_mixture_trains_and_is_held_out(world: World, call: Any, store: str) -> None:
+    out = world.new("out")
+    mix = "--teacher big+other --teacher-weighting entropy --mixture arithmetic"
+    line = (
+        f"train --model @student --store {store} {mix} --objective gkd --loss-topk 3 --out {out} "
+        "--eval-rollouts main --eval-teacher big+other --max-steps 1 --device cpu --format json"
+    )
+    assert call(line).code == 0
+    found: dict[str, float] = {}
+    for each in (world.at(out) / "metrics.jsonl").read_text().splitlines():
+        found |= json.loads(each)
+    assert 0 <= found["mixture/missing_mass"] < 1
+    assert found["eval/mixture/width"] >= 0
+    recorded = json.loads((world.at(out) / "run.json").read_text())
+    expected = {"mixture": "arithmetic", "teacher_weighting": "entropy"}
+    assert recorded["teacher_mix"] == recorded["eval"]["held_out"]["teacher_mix"] == expected
+    assert call(line).json["resumed_at"] == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "cause", "hint"),
     [
@@ -91,6 +110,19 @@ def test_a_routed_run_trains_and_resumes(world: World, call: Any, store: str) ->
         ("--teacher code=big --teacher-field domain", 2, "domain = 'math'", "add VALUE=NAME"),
         ("--teacher code=big,math=other", 2, "without --teacher-field", "--teacher-field domain"),
         ("--teacher-field domain", 2, "without --teacher", "VALUE=NAME"),
+        ("--teacher big --mixture geometric", 2, "a position has one teacher", "a+b"),
+        (
+            "--teacher big+other --mixture geometric --objective gkd --loss-topk 3",
+            1,
+            "tail 'bucket' with mixture = geometric",
+            "--mixture sum",
+        ),
+        (
+            "--teacher big+other --teacher-weighting accuracy --teacher-rollouts big=x,other=x",
+            3,
+            "no rollouts 'x' with rewards",
+            "--grader exact",
+        ),
         (
             f"{TEACHERS} --eval-rollouts main --eval-teacher none=none",
             2,
