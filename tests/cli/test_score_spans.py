@@ -55,7 +55,7 @@ def test_a_teacher_renders_the_prompts_by_its_own_chat_template(world: World, ca
     )
     assert call(score_command(store, "--no-chat-template", "bytes")).code == 0
     again = "--no-chat-template --same-texts bytes"
-    call(score_command(store, again, "again")).assert_error(2, "same_texts", "span_topk = none")
+    call(score_command(store, again, "again")).assert_error(2, "span_topk = none", "--same-texts")
     assert call(score_command(store, f"{again} --span-topk none", "again")).code == 0
     plain = score_command(store, "--prompts @p.jsonl --format json")
     assert call(plain).json["units_new"] == UNITS
