@@ -9,13 +9,14 @@ experts: two copies of the student, each post-trained on half of the task (sums,
 the student: one alone, both at once, or each on its own kind of problems.
 
 A variant takes the learning rate that is best on validation problems of seed 3, which has models
-and samples of its own: the largest of RATES, or the next one while that is better or while none is
-better than no training. Then it trains with seeds 0, 1 and 2: other models, other samples,
-another order. Accuracies are greedy on 1,000 problems that no model has seen. Gap recovery is
-(after - before) / (teacher - before). A row for each variant is appended to
-bench/results/cross_tokenizer.jsonl; a row of the same code is not made again. Models, stores and
-trainings are in build/bench_cross_tokenizer, so a stopped run continues. --smoke tries the code
-with models that learn nothing and appends nothing.
+and samples of its own: the largest of RATES, or the next one while that is better, or while none is
+better than no training. A variant without a better one is not trained further. The others train
+with seeds 0, 1 and 2: other models, other samples, another order. Accuracies are greedy on 1,000
+problems that no model has seen. Gap recovery is (after - before) / (teacher - before).
+
+A row for each variant is appended to bench/results/cross_tokenizer.jsonl; a row of the same code is
+not made again. Models, stores and trainings are in build/bench_cross_tokenizer, so a stopped run
+continues. --smoke tries the code with models that learn nothing and appends nothing.
 """
 
 import json
@@ -28,7 +29,7 @@ from typing import Any
 import results
 import torch
 from cross_models import FULL, SMOKE, Family, Scale
-from cross_runs import DRAWN, ENDS, Runs
+from cross_runs import DRAWN, Runs
 
 RATES = (1e-3, 3e-4, 3e-5)
 SEEDS, CHOICE = (0, 1, 2), 3
@@ -38,13 +39,15 @@ PACKAGES = ("torch", "transformers", "tokenizers")
 
 @dataclass(frozen=True)
 class Variant:
-    """A training: value of --teacher, or `routed` by kind; and the objective."""
+    """A training: value of --teacher, or `routed` by kind; the objective; weights of teachers."""
 
     teacher: str
     objective: str
+    weighting: str = "fixed"
 
     def __str__(self) -> str:
-        return f"{self.teacher} {self.objective}"
+        weighting = "" if self.weighting == "fixed" else f" {self.weighting}"
+        return f"{self.teacher} {self.objective}{weighting}"
 
 
 OVER_SPANS = (
@@ -57,8 +60,9 @@ PARTS = {
         Variant("merged-ends", "gold_bayesian"),
         *(Variant("characters", each) for each in ("opd", "span_advantage", "alm")),
     ),
-    "experts": tuple(
-        Variant(each, "opd") for each in ("sums", "differences", "sums+differences", "routed")
+    "experts": (
+        *(Variant(each, "opd") for each in ("sums", "differences", "sums+differences", "routed")),
+        Variant("sums+differences", "opd", "entropy"),
     ),
 }
 
@@ -121,24 +125,22 @@ class Lab:
 
     def row(self, variant: Variant) -> dict[str, Any]:
         """Choose the rate of a variant, train with each seed, and return the figures."""
+        of = variant.teacher, variant.objective, variant.weighting
         tried: dict[float, dict[str, float]] = {}
         for rate in self.rates:
-            tried[rate] = self.runs[self.choice].after(
-                variant.teacher, variant.objective, rate, validation=True
-            )
+            tried[rate] = self.runs[self.choice].after(*of, rate, validation=True)
             best = max(each["all"] for each in tried.values())
             start = self.runs[self.choice].family.accuracies["student"]["all"]
             if best > max(start, tried[rate]["all"]):
                 break
+        seeds = self.seeds if best >= start else ()
         rate = max(tried, key=lambda each: tried[each]["all"])
         after, before, teachers = [], [], []
-        for seed in self.seeds:
+        for seed in seeds:
             runs = self.runs[seed]
-            after.append(runs.after(variant.teacher, variant.objective, rate))
-            known = runs.family.accuracies
-            before.append(known["student"])
-            names = runs.names(variant.teacher)
-            teachers.append({name: known[name.removesuffix(ENDS)] for name in names})
+            after.append(runs.after(*of, rate))
+            before.append(runs.family.accuracies["student"])
+            teachers.append(runs.teachers(variant.teacher))
         return {
             "bench": "cross_tokenizer",
             "command": f"python bench/bench_cross_tokenizer.py --parts {self.part}",
@@ -146,9 +148,15 @@ class Lab:
             "variant": str(variant),
             "teacher": variant.teacher,
             "objective": variant.objective,
+            "weighting": variant.weighting,
             "rate": rate,
             "validation": {f"{each:g}": tried[each]["all"] for each in tried},
-            "seeds": self.seeds,
+            "choice": {
+                "seed": self.choice,
+                "before": start,
+                "teachers": self.runs[self.choice].teachers(variant.teacher),
+            },
+            "seeds": seeds,
             "before": before,
             "teachers": teachers,
             "after": after,

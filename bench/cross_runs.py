@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cross_models import KINDS, TASK, Family, load
 
@@ -31,6 +31,8 @@ DRAWN = 8
 """Best ids that the student samples from. From all of them, one response in thousands has a filler
 token inside, and a response with a control token inside has no spans: scoring refuses it."""
 
+TEMPERATURE = 0.1
+"""Of computed weights: their scores, entropies, differ by tenths of a nat."""
 ENDS = "-ends"
 """Suffix of scores whose ids are of the last row of each span, not of the first."""
 
@@ -46,46 +48,62 @@ class Runs:
         self.store = StoreSection(url=str(self.folder / "store"))
 
     def after(
-        self, teacher: str, objective: str, rate: float, *, validation: bool = False
+        self,
+        teacher: str,
+        objective: str,
+        weighting: str,
+        rate: float,
+        *,
+        validation: bool = False,
     ) -> dict[str, float]:
         """Return the accuracies of the student after a training on scores of the store.
 
         teacher: value of `--teacher`; `routed` = of the expert of each problem's kind.
+        weighting: of several teachers, a value of `--teacher-weighting`.
         validation: on the problems of that split, by which a rate is chosen.
         """
-        name = f"{teacher}-{objective}-{rate:g}"
+        of = f"{objective}-{weighting}" if weighting != "fixed" else objective
+        name = f"{teacher}-{of}-{rate:g}"
         file = self.folder / f"{name}{'-validation' * validation}.json"
         if not file.exists():
             folder = self.folder / name
             if not (folder / "model.safetensors").exists():
-                self._train(folder, teacher, objective, rate)
+                self._train(folder, teacher, objective, weighting, rate)
             split = "validation" if validation else "evaluation"
             measured = self.family.measured(load(folder), make_tokenizer(), split)
             file.write_text(json.dumps(measured))
         found: dict[str, float] = json.loads(file.read_text())
         return found
 
+    def teachers(self, teacher: str) -> dict[str, dict[str, float]]:
+        """Return name of scores -> accuracies of their model, for a value of `--teacher`."""
+        known = self.family.accuracies
+        return {name: known[name.removesuffix(ENDS)] for name in self.names(teacher)}
+
     @staticmethod
     def names(teacher: str) -> list[str]:
         """Return the names of scores in a value of `--teacher`, or of `routed`."""
         return [*KINDS] if teacher == "routed" else teacher.split("+")
 
-    def _train(self, folder: Path, teacher: str, objective: str, rate: float) -> None:
+    def _train(
+        self, folder: Path, teacher: str, objective: str, weighting: str, rate: float
+    ) -> None:
         for name in self.names(teacher):
             self._score(name)
-        routes: Mapping[str, str] = {}
+        teachers: dict[str, Any] = {"teacher": teacher}
         if teacher == "routed":
-            routes = {
-                "teacher": ",".join(f"{kind}={kind}" for kind in KINDS),
-                "teacher_field": "kind",
-            }
+            routes = ",".join(f"{kind}={kind}" for kind in KINDS)
+            teachers = {"teacher": routes, "teacher_field": "kind"}
+        if weighting != "fixed":
+            teachers["teacher_weighting"] = weighting
+            teachers["teacher_weighting_temperature"] = TEMPERATURE
         shutil.rmtree(folder, ignore_errors=True)
         run_train(
             TrainConfig(
                 student=Student(model=str(self.family.path("student"))),
                 store=self.store,
                 train=Train(
-                    **{"teacher": teacher, **routes},
+                    **teachers,
                     objective=objective,
                     learning_rate=rate,
                     lr_scheduler_type="cosine",

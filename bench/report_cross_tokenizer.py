@@ -33,27 +33,25 @@ def tables() -> dict[str, str]:
 def spans(rows: list[Row]) -> str:
     """Return the bar, gap recovery by objective, the lowest first, and its source."""
     rows = sorted(rows, key=lambda row: fmean(recoveries(row)))
-    merged = [row for row in rows if row["teacher"].startswith("merged")]
-    best = max((fmean(recoveries(row)) for row in merged), default=-math.inf)
+    trained = [row for row in rows if row["after"]]
+    best = max(fmean(recoveries(row)) for row in rows if row["teacher"].startswith("merged"))
     rule = f"gap recovery of the best objective over spans >= {BAR:.0%}"
     bar = [rule, f"{best:.1%}", met(best >= BAR)]
     table = [
         [
             "other tokenizer" if row["teacher"].startswith("merged") else "the student's",
             f"`{row['objective']}`",
-            f"{row['rate']:g}",
-            spread([each["all"] for each in row["after"]]),
-            spread(recoveries(row)),
-            "yes" if fmean(recoveries(row)) >= BAR else "**no**",
+            *(figures(row) if row["after"] else ["none", *untrained(row)]),
+            "yes" if row["after"] and fmean(recoveries(row)) >= BAR else "**no**",
         ]
         for row in rows
     ]
     head = ["teacher's tokenizer", "objective", "learning rate", "accuracy after",
             "gap recovery", f"{BAR:.0%}"]  # fmt: skip
-    before = spread([each["all"] for each in rows[0]["before"]])
+    before = spread([each["all"] for each in trained[0]["before"]])
     teachers = {
         row["teacher"]: spread([each[row["teacher"]]["all"] for each in row["teachers"]])
-        for row in rows
+        for row in trained
         if not row["teacher"].endswith("-ends")
     }
     known = "; ".join(
@@ -62,8 +60,20 @@ def spans(rows: list[Row]) -> str:
     )
     return (
         f"{markdown(['bar', 'measured', ''], [bar])}\n\n{markdown(head, table)}\n\n"
-        f"Accuracy of the student before: {before}; {known}. {source(rows)}"
+        f"Accuracy of the student before: {before}; {known}. Rate `none`: no rate was better than "
+        f"no training, and the figures are the best of seed 3 alone. {source(trained)}"
     )
+
+
+def figures(row: Row) -> list[str]:
+    """Return rate, accuracy and gap recovery of a variant that was trained with each seed."""
+    accuracies = [each["all"] for each in row["after"]]
+    return [f"{row['rate']:g}", spread(accuracies), spread(recoveries(row))]
+
+
+def untrained(row: Row) -> list[str]:
+    """Return accuracy and gap recovery of the best rate that was tried."""
+    return [f"{max(row['validation'].values()):.1%}", f"{recoveries(row)[0]:.1%}"]
 
 
 def experts(rows: list[Row]) -> str:
@@ -73,13 +83,14 @@ def experts(rows: list[Row]) -> str:
     both = [row for row in rows if "+" in row["teacher"] or row["teacher"] == "routed"]
     lines = [
         [
-            f"{label(row)}: over the better of the two single experts, standard errors > {ERRORS}",
+            f"{label(row)} over either expert alone, {how}: standard errors > {ERRORS}",
             f"{least:.1f}",
             met(least > ERRORS),
         ]
         for row in both
         if (singles := [x for x in rows if x not in both and x["objective"] == row["objective"]])
-        for least in [min(errors(of[row["variant"]], of[x["variant"]]) for x in singles)]
+        for how, measure in (("as independent seeds", independent), ("paired by seed", paired))
+        for least in [min(measure(of[row["variant"]], of[x["variant"]]) for x in singles)]
     ]
     table = [
         [
@@ -110,21 +121,33 @@ KINDS = ("sums", "differences")
 
 def label(row: Row) -> str:
     """Return the teachers of a row in words."""
+    if row.get("weighting", "fixed") != "fixed":
+        return f"both experts, weights by {row['weighting']}"
     words = {"routed": "each expert on its kind", "sums+differences": "both experts, equal weights"}
-    return words.get(row["teacher"], f"{row['teacher']}")
+    return words.get(row["teacher"], f"the expert in {row['teacher']}")
 
 
 def recoveries(row: Row) -> list[float]:
-    """Return (after - before) / (teacher - before) of each seed."""
+    """Return (after - before) / (teacher - before) of each seed; of the best rate that was tried
+    where none was better than no training."""
+    if not row["after"]:
+        start, teacher = row["choice"]["before"], row["choice"]["teachers"][row["teacher"]]["all"]
+        return [(max(row["validation"].values()) - start) / (teacher - start)]
     return [
         (after["all"] - before["all"]) / (teacher[row["teacher"]]["all"] - before["all"])
         for before, after, teacher in zip(row["before"], row["after"], row["teachers"], strict=True)
     ]
 
 
-def errors(a: list[float], b: list[float]) -> float:
-    """Return the difference of two means over its standard error, as of independent seeds."""
+def independent(a: list[float], b: list[float]) -> float:
+    """Return the difference of two means over its standard error, as of unrelated values."""
     return (fmean(a) - fmean(b)) / math.hypot(standard_error(a), standard_error(b))
+
+
+def paired(a: list[float], b: list[float]) -> float:
+    """Return the same of the differences: a seed has the same student, samples and problems."""
+    found = [x - y for x, y in zip(a, b, strict=True)]
+    return fmean(found) / standard_error(found)
 
 
 def standard_error(values: list[float]) -> float:

@@ -157,4 +157,8 @@ def test_another_tokenizer_and_two_experts_on_a_few_problems(
     few = [0.1, 0.2, 0.4], [0.3, 0.4, 0.6]
     of = [report_cross_tokenizer.standard_error(each) for each in few]
     assert of == [pytest.approx((7 / 900) ** 0.5)] * 2
-    assert report_cross_tokenizer.errors(few[1], few[0]) == pytest.approx(0.2 / (14 / 900) ** 0.5)
+    distance = report_cross_tokenizer.independent(few[1], few[0])
+    assert distance == pytest.approx(0.2 / (14 / 900) ** 0.5)
+    # Differences of 0.2, 0.3 and 0.4: a mean of 0.3 and a variance of 1/100.
+    paired = report_cross_tokenizer.paired([0.3, 0.5, 0.8], few[0])
+    assert paired == pytest.approx(0.3 / (1 / 300) ** 0.5)
