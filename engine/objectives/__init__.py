@@ -9,6 +9,7 @@
     loss_weights.py     weights of whole rows in an update                  AGGREGATIONS
     presets/            named objectives with their sources                 PRESETS
     parse.py            text -> preset
+    spans/              losses that join rows, for another tokenizer        SPAN_LOSSES
     evaluate.py         an objective's loss and gradient, as the kernels call it
     report.py           facts of a cache, and the labels of exactness
     requirements.py     the data that an objective needs of a cache
