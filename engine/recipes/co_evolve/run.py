@@ -69,7 +69,7 @@ class CoEvolveReport:
 def run_co_evolve(
     config: RunConfig,
     *,
-    file: str = "CONFIG",
+    file: str,
     overrides: Sequence[str] = (),
     progress: Progress = no_progress,
     on_event: EventHandler = lambda line: None,

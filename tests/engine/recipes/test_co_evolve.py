@@ -54,7 +54,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[CoEvolve
     (path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     column = {"prompt_column": "question"}
     rounds = [pair(path, loop={"rounds": n}, prompts=column) for n in (1, 2, 2)]
-    reports = [run_co_evolve(each, overrides=("run.seed=3",)) for each in rounds]
+    reports = [run_co_evolve(each, file="CONFIG", overrides=("run.seed=3",)) for each in rounds]
     return path, reports
 
 
@@ -125,7 +125,7 @@ def test_other_settings_in_the_same_folder_are_refused(
     path, _ = calls
     config = pair(path, train={"learning_rate": 2e-3}, prompts={"prompt_column": "question"})
     with pytest.raises(IdentityError, match=r"train\.learning_rate = 0\.001, not 0\.002"):
-        run_co_evolve(config)
+        run_co_evolve(config, file="CONFIG")
 
 
 def test_printed_commands_mean_the_same(calls: tuple[Path, list[CoEvolveReport]]) -> None:
@@ -182,7 +182,7 @@ def test_two_vocabularies_score_spans(tmp_path: Path) -> None:
         score={"control_tokens": "cut"},
         train={"objective": "opd", "loss_topk": 4},
     )
-    report = run_co_evolve(config, on_event=notes.append)
+    report = run_co_evolve(config, file="CONFIG", on_event=notes.append)
     assert report.objective == "span_advantage"
     assert any("span_advantage in place of opd" in note for note in notes)
     snapshot = open_store(str(tmp_path / "store")).head()
