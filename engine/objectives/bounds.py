@@ -25,6 +25,8 @@ RESAMPLED = "cache/resampled"
 COVERAGE_WARN = 0.95
 DRIFT_WARN = 0.05
 """Nats of approx_kl."""
+UNMAPPED, UNMAPPED_WARN = "span/unmapped", 0.5
+"""Mass of a teacher with another tokenizer; no matter of staleness."""
 _DEFAULTS = Train()
 
 
@@ -128,6 +130,13 @@ def warnings(objective: Objective, metrics: Mapping[str, float | None]) -> list[
         found.append(
             f"{DRIFT} = {value:.3f} nats: over {DRIFT_WARN} the drawn ids are no longer draws of "
             f"this student; sample and score again{_correction(objective)}"
+        )
+    unmapped = metrics.get(UNMAPPED)
+    if unmapped is not None and unmapped > UNMAPPED_WARN and objective.divergence != "uld":
+        found.append(
+            f"{UNMAPPED} = {unmapped:.3f}: that share of the teacher's mass is on tokens that the "
+            f"student has none of, and {objective.divergence} compares the rest, which is what the "
+            "teacher writes elsewhere; train with span_advantage or alm"
         )
     if skipped := metrics.get(SKIPPED):
         found.append(

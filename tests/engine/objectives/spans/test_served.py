@@ -50,6 +50,13 @@ def test_exactness_of_every_preset_over_spans(name: str) -> None:
     assert served(parse_objective(f"{name}+ce").objective) is kind
 
 
+def test_a_teacher_that_writes_other_tokens_is_a_warning() -> None:
+    for name, expected in (("x_token", 1), ("simct", 1), ("uld", 0)):
+        found = [warnings(PRESETS[name].objective, {"span/unmapped": x}) for x in (0.6, 0.4, None)]
+        assert [len(each) for each in found] == [expected, 0, 0]
+        assert all("train with span_advantage or alm" in each for each in found[0])
+
+
 def test_a_whole_return_is_that_of_responses() -> None:
     whole = parse_objective("span_advantage(parameter=1)")
     assert "unbiased for KL(p || q) over responses" in check_exactness(whole, SPANS).estimator
