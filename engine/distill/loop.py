@@ -89,7 +89,7 @@ def train_rounds(
 ) -> TrainReport:
     """Train on the rounds of `packs`, which gets the student and the packs of an update."""
     config, model, preset = inputs.config, inputs.model, inputs.preset
-    exactness = inputs.exactness(facts.params, bounds=facts.bounds)
+    exactness = inputs.exactness(facts.params, bounds=facts.bounds, span_rows=facts.span_rows)
     for line in exactness.lines():
         on_event(line)
     evaluation = eval_plan(config.eval, config.run, model, inputs.rendering, on_event)

@@ -119,8 +119,11 @@ class LoopInput:
             extended=self.config.score.extra_ids == MC_IDS,
         )
 
-    def exactness(self, params: ScoreParams, *, bounds: bool) -> ExactnessReport:
-        """Check the objective against the scores of a round; bounds: entropies are intervals."""
+    def exactness(
+        self, params: ScoreParams, *, bounds: bool, span_rows: str = ""
+    ) -> ExactnessReport:
+        """Check the objective against the scores of a round; bounds: entropies are intervals;
+        span_rows: as of TeacherFacts."""
         model = self.model
         return loop_exactness(
             self.config,
@@ -129,6 +132,7 @@ class LoopInput:
             n_vocab=model.n_vocab,
             version=model.version,
             bounds=bounds,
+            span_rows=span_rows,
         )
 
 
@@ -140,10 +144,12 @@ def loop_exactness(
     n_vocab: int,
     version: int = 0,
     bounds: bool = False,
+    span_rows: str = "",
 ) -> ExactnessReport:
     """Check an objective against the scores that a round of a loop will have.
 
-    n_vocab, version: of the student; bounds: entropies are intervals. Raises ObjectiveError.
+    n_vocab, version: of the student; bounds: entropies are intervals; span_rows: as of
+    TeacherFacts. Raises ObjectiveError.
     """
     return check_exactness(
         preset,
@@ -164,6 +170,7 @@ def loop_exactness(
             rewards=config.rollout.grader != "",
             samples=config.rollout.n,
             entropy_bounds=bounds,
+            span_rows=span_rows or None,
             max_age=config.loop.max_age,
             scored="" if config.score.positions == ALL_POSITIONS else config.score.positions,
         ),

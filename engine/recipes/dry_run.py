@@ -57,11 +57,14 @@ def check_settings(config: RunConfig, on_event: EventHandler = lambda line: None
     check_keys(config)
     if config.runner.kind == "inline":
         check_inline(config)
+    preset = find_objective(config.train)
     report = loop_exactness(
         config,
-        find_objective(config.train),
+        preset,
         config.score.params(config.run.seed),
         n_vocab=_MANY_IDS,
+        # Of the tokenizers nothing is known: such an objective is for a teacher with another one.
+        span_rows=config.score.span_topk if preset.objective.over_spans else "",
     )
     for line in report.lines():
         on_event(line)

@@ -115,6 +115,7 @@ def test_a_loop_scores_spans_in_every_round(world: World, call: Any) -> None:
     keys += " --set score.control_tokens=cut --set train.objective=span_advantage"
     result = call(f"distill {config} {keys}")
     assert result.code == 0, result.err
+    assert "scores: span-exact" in result.err
     opened = open_store(world.at(store)).head()
     assert len(opened.scores("big")) == len(opened.rollouts("main")) > 0
     assert {each.layout for of in opened.scores("big").values() for each in of} == {"spans+starts"}

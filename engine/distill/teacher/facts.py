@@ -25,11 +25,14 @@ class TeacherFacts:
     """Its entropies are intervals."""
     context: str = ""
     """Digest of the prompts that it reads in place of the student's; empty = the same."""
+    span_rows: str = ""
+    """Of a teacher with another tokenizer: the row of each span that has its best ids; empty for
+    the student's tokenizer."""
 
     def record(self) -> dict[str, Any]:
-        """Return the content of teacher.json; earlier loops had no context."""
-        record = asdict(self)
-        return record if self.context else {k: v for k, v in record.items() if k != "context"}
+        """Return the content of teacher.json; earlier loops had no context and no spans."""
+        later = ("context", "span_rows")
+        return {k: v for k, v in asdict(self).items() if v or k not in later}
 
 
 def facts_of(teacher: LoadedTeacher, config: RunConfig) -> tuple[TeacherFacts, tuple[str, ...]]:
@@ -40,6 +43,7 @@ def facts_of(teacher: LoadedTeacher, config: RunConfig) -> tuple[TeacherFacts, t
         params=params,
         bounds="bounds" in teacher.scorer.capabilities,
         context=context_digest(teacher.context),
+        span_rows="" if teacher.alignment is None else teacher.alignment.rows,
     )
     return facts, (*teacher.notes, *notes)
 
