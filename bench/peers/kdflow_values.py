@@ -135,4 +135,4 @@ def test_simct_spans() -> None:
         _debug_count=99,
     )
     assert peer._align_sequences_with_spans([0, 1, 2, 3], [0, 1])[0] == []
-    pytest.skip("ab|cd and a|b|c|d have two spans; it finds none, as no last tokens are equal")
+    pytest.skip("`ab cd` and `a b c d` have two spans; it finds none, as no last tokens are equal")

@@ -96,7 +96,8 @@ def run_co_evolve(
         if loss is not None:
             trained[folder_of(config, step.side, step.round).name] = loss
     first, second = (folder_of(config, side, config.loop.rounds) for side in SIDES)
-    sets = [*overrides, f"loop.rounds={config.loop.rounds + 1}"]
+    kept = [each for each in overrides if not each.replace(" ", "").startswith("loop.rounds=")]
+    sets = [*kept, f"loop.rounds={config.loop.rounds + 1}"]
     words = [word for each in sets for word in ("--set", each)]
     return CoEvolveReport(
         first=first,

@@ -54,7 +54,8 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[CoEvolve
     (path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     column = {"prompt_column": "question"}
     rounds = [pair(path, loop={"rounds": n}, prompts=column) for n in (1, 2, 2)]
-    reports = [run_co_evolve(each, file="CONFIG", overrides=("run.seed=3",)) for each in rounds]
+    sets = ("run.seed=3", "loop.rounds=2")
+    reports = [run_co_evolve(each, file="CONFIG", overrides=sets) for each in rounds]
     return path, reports
 
 
