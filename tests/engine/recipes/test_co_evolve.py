@@ -1,6 +1,7 @@
 """Two students that score each other: models behind the scores, and the second call."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,19 @@ def test_a_rerun_does_nothing_twice(calls: tuple[Path, list[CoEvolveReport]]) ->
     # Two rounds, two students, rollouts and scores of each; no unit was committed twice.
     assert len(open_store(str(path / "store")).head().segments) == 8
     assert {(read_metadata(each) or {})["version"] for each in (two.first, two.second)} == {2}
+
+
+def test_a_student_that_is_lost_is_trained_again_alone(
+    calls: tuple[Path, list[CoEvolveReport]],
+) -> None:
+    path, (_, two, _) = calls
+    before = weights_digest(two.second)
+    shutil.rmtree(two.second)
+    config = pair(path, prompts={"prompt_column": "question"})
+    again = run_co_evolve(config, file="CONFIG")
+    assert list(again.trained) == ["second-2"]
+    assert len(open_store(str(path / "store")).head().segments) == 8
+    assert weights_digest(two.second) == before
 
 
 def test_rounds_take_the_next_prompts(calls: tuple[Path, list[CoEvolveReport]]) -> None:
