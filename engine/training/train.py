@@ -180,10 +180,12 @@ def estimate(
     plan = _plan(source, rollouts, settings, run.seed, settings.pack_length)
     lists = any(has_lists(scores) for _, scores in source.pairs)
     plain = objective.objective if isinstance(objective, Preset) else objective
+    teachers, union = len(source.teachers.weights), source.teachers.mix.mixture != "sum"
+    # Without lists a position has the column of its token; a mixture has the ids of all teachers.
+    columns = info.student_k + info.k_max * (teachers if union else 1) if lists else 1
     return estimate_memory(
         path,
-        # Without lists a position has the column of its token.
-        largest_pack(plan, source.lengths(), info.student_k + info.k_max if lists else 1),
+        largest_pack(plan, source.lengths(), columns, 1 if union else teachers),
         loss_shape(plain, settings),
         n_vocab=n_vocab,
         # Its arguments alone: this process is not one of those of the run.

@@ -20,9 +20,9 @@ class PackShape:
     lengths: tuple[int, ...]
     """Tokens of its sequences, prompts included."""
     rows: int
-    """Response positions."""
+    """Response positions, once for each teacher of a sum."""
     ids: int
-    """Most stored ids of a position."""
+    """Most stored ids of a row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,15 +35,20 @@ class LossShape:
     """Share of the rows that metrics read all logits of."""
 
 
-def largest_pack(plan: PackPlan, lengths: Sequence[Lengths], ids: int) -> PackShape:
-    """Return the shape of the pack with most tokens; ids: most stored ids of a position."""
+def largest_pack(
+    plan: PackPlan, lengths: Sequence[Lengths], ids: int, copies: int = 1
+) -> PackShape:
+    """Return the shape of the pack with most tokens.
+
+    ids: most stored ids of a row. copies: rows of a position, one for each teacher of a sum.
+    """
     at = [(segment, sequence) for segment, sequence in plan.members.tolist()]
     prompt = np.array([int(lengths[i].prompt[j]) for i, j in at])
     response = np.array([int(lengths[i].response[j]) for i, j in at])
     worst = int(np.add.reduceat(prompt + response, plan.offsets[:-1]).argmax())
     part = slice(plan.offsets[worst], plan.offsets[worst + 1])
     tokens = (prompt + response)[part].tolist()
-    return PackShape(lengths=tuple(tokens), rows=int(response[part].sum()), ids=ids)
+    return PackShape(lengths=tuple(tokens), rows=copies * int(response[part].sum()), ids=ids)
 
 
 def loss_shape(objective: Objective, settings: Train) -> LossShape:

@@ -172,7 +172,9 @@ def test_the_pack_is_the_one_with_most_tokens() -> None:
         epochs=1,
         pack_length=60,
     )
-    found = largest_pack(make_plan(key, lengths), lengths, 80)
+    plan = make_plan(key, lengths)
+    found = largest_pack(plan, lengths, 80)
+    assert largest_pack(plan, lengths, 80, 3).rows == 3 * found.rows, "of three teachers"
     assert (sorted(found.lengths), found.rows) == ([15, 45], 50)
 
 
