@@ -11,7 +11,7 @@ from logitcask.engine.backends.sampling import check_room
 from logitcask.engine.commands.load_teacher import backend
 from logitcask.engine.commands.resolve import decoder, rendering_of, snapshot_of, student_of
 from logitcask.engine.config.probes import ContinuationConfig
-from logitcask.engine.errors import ConfigError, IncompleteError
+from logitcask.engine.errors import ConfigError, IdentityError, IncompleteError
 from logitcask.engine.models import identity
 from logitcask.engine.probes import figures
 from logitcask.engine.probes.continuation import (
@@ -69,6 +69,12 @@ def run_continuation_probe(
         "teacher": identity.model_ref(chosen.teacher_model, chat_template=template),
     }
     for model in models.values():
+        if model.tokenizer_digest != recorded["student"]["tokenizer"]:
+            raise IdentityError(
+                f"{model.name} has another tokenizer than the student that sampled, and both "
+                "models go on from its ids here",
+                hint="give a model with the student's tokenizer",
+            )
         check_identity(recorded["student"], model)
     data = [store.read_rollouts(each) for each in snapshot.rollouts(name)]
     cuts = {at: prefixes(data, at, chosen.limit) for at in chosen.at}
