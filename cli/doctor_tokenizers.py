@@ -65,10 +65,11 @@ def tokenizers_command(student: str, teacher: str, texts: Path, form: str) -> No
     if found.same_bytes:
         return
     command = f"logitcask score --model {teacher} --student-tokenizer {student}"
+    click.echo(f"next: {visible(command)} --store STORE --teacher NAME")
     click.echo(
-        f"next: {command} --store STORE --teacher NAME, then `train` with an objective over "
+        "      and --prompts FILE where a chat template renders the prompts; then `train` with"
     )
-    click.echo("spans, which `logitcask objectives` lists; --prompts FILE with a chat template")
+    click.echo("      an objective over spans, which `logitcask objectives` lists")
 
 
 def _lines(file: Path) -> Iterator[tuple[str, bytes]]:

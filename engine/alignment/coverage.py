@@ -125,8 +125,8 @@ def describe(coverage: SpanCoverage) -> Mapping[str, str]:
         f"{of.teacher_tokens:,} of the teacher",
         "aligned": f"{aligned} of the spans, student:teacher; the largest has "
         f"{of.largest_span:,} of the student's tokens",
-        "covered": f"{covered:.1%} of {of.bytes:,} bytes are in a span; in none are "
-        f"{of.student_gaps:,} tokens of the student and {of.teacher_gaps:,} of the teacher",
+        "covered": f"{covered:.1%} of the {of.bytes:,} bytes that the teacher read are in a span; "
+        f"in none, and without a loss, are {of.student_gaps:,} tokens of the student",
         "span-exact": "the log-prob of each span, over the teacher's own tokens",
         "patched": f"{of.bytes_patched / max(1, of.bytes):.2%} of the bytes are in tokens that the "
         "teacher's tokenizer would not choose",

@@ -18,6 +18,7 @@ def test_two_tokenizers_of_folders(world: World, call: Any) -> None:
     assert found["refused"][0]["text"] == "3"
     result = call(command)
     assert "2 of 23 bytes, 1 refused" in result.out
+    assert "next: logitcask score --model" in result.out
     assert "refused: line 3: the student's tokenizer: no ids of this tokenizer spell '☃'" in (
         result.out
     )

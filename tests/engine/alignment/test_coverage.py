@@ -68,7 +68,7 @@ def test_segments_add_and_the_words_have_their_shares() -> None:
     assert (twice.spans, twice.bytes, twice.largest_span) == (8, 20, 2)
     words = describe(twice)
     assert words["aligned"].startswith("1:1 25.0%, n:1 25.0%, 1:m 25.0%, n:m 25.0% of the spans")
-    assert words["covered"].startswith("100.0% of 20 bytes")
+    assert words["covered"].startswith("100.0% of the 20 bytes")
     assert words["patched"].startswith("10.00% of the bytes")
     assert "37.50% is at ids that are no token" in words["truncated"]
     assert "20.00% outside" in words["truncated"]
