@@ -9,7 +9,7 @@ from logitcask.engine.alignment.span_scores import NONE
 from logitcask.engine.backends.base import close_backend, open_backend
 from logitcask.engine.config.sections import Run
 from logitcask.engine.config.teacher import Score, Teacher
-from logitcask.engine.errors import ConfigError
+from logitcask.engine.errors import ConfigError, IdentityError
 from logitcask.engine.events import CancelToken
 from logitcask.engine.models import identity
 from logitcask.engine.models.forward import inner_model
@@ -26,6 +26,7 @@ from logitcask.engine.teachers.remote import (
 from logitcask.engine.teachers.token_maps import (
     OtherVocabulary,
     SharedVocabulary,
+    compare_tokenizers,
     shared_vocabulary,
 )
 from logitcask.engine.teachers.verified import VerifiedTeacher
@@ -149,7 +150,7 @@ def open_teacher(
                 hint=f"leave --{key.replace('_', '-')} out, or give --model http://HOST:PORT",
             )
     own = identity.model_ref(teacher.model, revision=teacher.revision, chat_template=template)
-    found = _compared(own, student, teacher.student_tokenizer, text)
+    found = _compared(own, student, teacher, text)
     scorer = backend(found.model, run, exact=exact, tokenizer_vocab=own.n_vocab)
     return replace(found, scorer=scorer)
 
@@ -190,7 +191,7 @@ def _open_served(
         )
         checked = check_tokenizer(model, server.tokenize)
         server.n_vocab = own = model.n_vocab
-        found = _compared(model, student, teacher.student_tokenizer, text)
+        found = _compared(model, student, teacher, text)
         model, notes = found.model, [*found.notes]
         if not checked:
             notes.append(f"{model.name}: the server does not tokenize, so its map is taken on word")
@@ -206,29 +207,43 @@ def _open_served(
 
 
 def _compared(
-    model: ModelRef, student: Mapping[str, Any], source: str, text: RolloutText | None
+    model: ModelRef, student: Mapping[str, Any], teacher: Teacher, text: RolloutText | None
 ) -> LoadedTeacher:
     """Return the teacher without a scorer: over the ids that the student has too, or aligned with
     it; raises before its weights are loaded.
-
-    source: a folder or hub id with the student's tokenizer. With it, tokenizers that agree on half
-    of all ids are compared id by id, although they could be aligned.
     """
-    shared, alignment = None, None
+    source, shared, alignment = teacher.student_tokenizer, None, None
     is_same = student["tokenizer"] == model.tokenizer_digest
-    if text is None or is_same or source:
-        try:
-            shared = shared_vocabulary(student, model, source)
-        except OtherVocabulary:
-            if text is None:
-                raise
-    if text is not None and shared is None and not is_same:
+    if is_same or text is None:
+        shared = shared_vocabulary(student, model, source)
+    elif teacher.by_spans or (shared := _of_family(student, model, source)) is None:
         alignment = text.align(model, student, source)
-    elif text is not None:
-        text.check_unused(f"{model.name} has the student's tokenizer")
+    if alignment is None and text is not None:
+        text.check_unused(f"{model.name} has the student's tokenizer", by_spans=teacher.by_spans)
     if shared is not None:
         model = replace(model, n_vocab=shared.n_vocab)
     notes = check_identity(student, model, shared, alignment)
     return LoadedTeacher(
         model=model, scorer=None, shared=shared, alignment=alignment, notes=tuple(notes)
     )
+
+
+def _of_family(student: Mapping[str, Any], model: ModelRef, source: str) -> SharedVocabulary | None:
+    """Return the shared vocabulary of tokenizers that agree on half of all ids; None for others.
+
+    Scores by id and over spans serve other objectives, so the choice is the user's. Raises
+    IdentityError where neither --student-tokenizer nor --by-spans makes it.
+    """
+    try:
+        shared = compare_tokenizers(student, model, source)
+    except OtherVocabulary:
+        return None
+    if not source:
+        raise IdentityError(
+            f"{model.name} and the student have nearly the same tokenizer: "
+            f"{len(shared.differing)} ids differ: {shared.format_ids(shared.differing)}",
+            hint="compare ids, where these do not occur: --student-tokenizer with the student's "
+            "folder or hub id; or score spans of equal bytes, for objectives over spans: "
+            "--by-spans",
+        )
+    return shared

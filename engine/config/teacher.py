@@ -43,6 +43,11 @@ class Teacher(Section):
         "are compared id by id: ids that are other tokens to the one than to the other are listed, "
         "and refused where they occur. All others score spans of equal bytes.",
     )
+    by_spans: bool = Field(
+        False,
+        description="Score spans of equal bytes also where the tokenizers of teacher and student "
+        "agree on half of all ids or more: for ids that differ and occur.",
+    )
     served: str = Field(
         "",
         description="With a URL: the name that the server has for the teacher; empty = the only "

@@ -201,7 +201,7 @@ def _tokenizers(config: RunConfig, models: dict[str, _Model]) -> Finding:
         return _spans(config, student.folder, teacher.folder, other.cause)
     if shared is None:
         return Finding(check="tokenizers", state="ok", message="the same ids in both models")
-    if named or not _over_spans(config):
+    if not config.teacher.by_spans:
         return Finding(
             check="tokenizers",
             state="note" if named else "fault",

@@ -103,10 +103,13 @@ class RolloutText:
             )
         return recorded if requested is None else requested
 
-    def check_unused(self, reason: str) -> None:
-        """Raise ConfigError for settings that only scores over spans have; reason: no such ones."""
+    def check_unused(self, reason: str, *, by_spans: bool) -> None:
+        """Raise ConfigError for settings that only scores over spans have; reason: no such ones.
+
+        by_spans: of the teacher's settings.
+        """
         settings = self.score
-        unused = dict[str, str]()
+        unused = {"by_spans": "True"} if by_spans else dict[str, str]()
         for key in ("span_topk", "control_tokens", "chat_template", "same_texts"):
             if (value := getattr(settings, key)) != Score.model_fields[key].default:
                 unused[key] = str(value)

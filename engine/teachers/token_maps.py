@@ -95,8 +95,8 @@ class SharedVocabulary:
             raise UnitError(
                 f"{where}: ids of different tokens to the student and to {name} "
                 f"({len(found)}): {self.format_ids(found)}",
-                hint="take a teacher with the student's tokenizer, or use prompts where these ids "
-                "do not occur; there is no override: log-probs of two tokens would be compared",
+                hint="take a teacher with the student's tokenizer, or prompts where these ids do "
+                "not occur; or score spans of equal bytes, under another name: --by-spans",
             )
 
 
@@ -111,6 +111,17 @@ def shared_vocabulary(
     """
     if student["tokenizer"] == teacher.tokenizer_digest or not source:
         return None
+    return compare_tokenizers(student, teacher, source)
+
+
+def compare_tokenizers(
+    student: Mapping[str, Any], teacher: ModelRef, source: str = ""
+) -> SharedVocabulary:
+    """Compare two tokenizers that are not the same.
+
+    source: as of `student_tokenizer`. Raises as that, and OtherVocabulary if the two agree on less
+    than half of all ids.
+    """
     ours, theirs = student_tokenizer(student, source), load_tokenizer(teacher.path)
     return compare_maps(
         _by_id(ours),

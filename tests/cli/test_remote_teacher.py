@@ -171,9 +171,10 @@ def test_a_teacher_with_more_tokens_is_renormalized_over_those_of_the_student(
         assert call(score_command(fake, plain)).code == 0
     with FakeServer(wider, tokenizer=larger) as fake:
         command = score_command(fake, store).replace("@teacher", str(folder))
-        # Without the student's tokenizer by name: over spans, here of one token each.
+        call(command).assert_error(1, "nearly the same tokenizer", "--by-spans")
+        # Spans of one token each here.
         spans = command.replace(store, in_spans)
-        result = call(f"{spans} --span-topk none")
+        result = call(f"{spans} --span-topk none --by-spans")
         assert result.code == 0, result.err
         assert "scores the same bytes in its own tokens" in result.err
         result = call(f"{command} --student-tokenizer @student")

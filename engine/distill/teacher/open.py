@@ -26,7 +26,7 @@ def open_loop_teacher(
     config, text = inputs.config, _text(inputs, on_event)
     over_spans = inputs.preset.objective.over_spans
     if not over_spans:
-        text.check_unused("the objective is not over spans")
+        text.check_unused("the objective is not over spans", by_spans=config.teacher.by_spans)
     if inputs.follow_every:
         scorer: Any = open_backend("hf")
         if not live:
