@@ -400,8 +400,8 @@ RECIPES = [
         "a teacher's other tokenizer",
         f"{COLD} --max-new-tokens 8 --set teacher.model=other-tokenizer",
         1,
-        "has another tokenizer than the student",
-        "`score` takes such a teacher",
+        "the student's tokenizer is sha256:",
+        "take an objective over spans",
     ),
     Case(
         "one of one",
