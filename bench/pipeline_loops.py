@@ -20,6 +20,7 @@ from logitcask.engine.commands.train import run_train
 from logitcask.engine.config.loop import LoopScore, LoopTeacher
 from logitcask.engine.config.parse.toml import to_toml
 from logitcask.engine.config.prompts import Prompts
+from logitcask.engine.config.runner import Work as WorkSection
 from logitcask.engine.config.sections import (
     Rollout,
     RolloutConfig,
@@ -31,7 +32,6 @@ from logitcask.engine.config.sections import (
     TrainConfig,
 )
 from logitcask.engine.config.teacher import Teacher
-from logitcask.engine.config.teacher import Work as WorkSection
 from logitcask.engine.config.training import Loop, Train
 from logitcask.engine.demo.models import accuracy, make_model, make_tokenizer, save
 from logitcask.engine.demo.record import Record

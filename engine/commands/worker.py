@@ -14,8 +14,8 @@ from logitcask.engine.backends.base import close_backend, reload_backend
 from logitcask.engine.commands.resolve import grader_of, rendering_of, student_and_prompts
 from logitcask.engine.commands.rollout import rollout_request
 from logitcask.engine.commands.score import score_request
+from logitcask.engine.config.runner import Work
 from logitcask.engine.config.sections import RolloutConfig, ScoreConfig, StoreSection
-from logitcask.engine.config.teacher import Work
 from logitcask.engine.errors import ConfigError, IdentityError, ModelError
 from logitcask.engine.events import Cancelled, CancelToken, EventHandler, warn_once
 from logitcask.engine.models import identity

@@ -1,4 +1,6 @@
-"""The processes of a command. Nothing here changes what it computes, so a resume may change it."""
+"""The processes of a command, and those that share a store. Nothing here changes what they compute,
+so a resume may change it.
+"""
 
 import re
 from typing import Annotated, Any, Literal
@@ -160,3 +162,54 @@ class LoopRunner(Runner):
 
 def _count(processes: int | str) -> int:
     return int(str(processes).removeprefix("torchrun:"))
+
+
+class Work(Section):
+    """A worker that shares a store with other workers."""
+
+    worker: bool = Field(
+        False,
+        description="Stay, and do what is missing as it appears, among any number of workers on "
+        "the same store. SIGTERM ends it after the unit in hand, Ctrl-C at once.",
+    )
+    worker_name: str = Field(
+        "",
+        max_length=128,
+        description="With --worker: name of this worker in claims and failures; empty = host-pid.",
+    )
+    lease_seconds: float = Field(
+        600.0,
+        gt=0,
+        description="With --worker: seconds after which the unit of a worker that shows no life is "
+        "taken over. Less than a stall of the store, and units are done twice.",
+    )
+    poll: float = Field(
+        2.0,
+        gt=0,
+        description="With --worker: seconds between two looks at a store with nothing to do.",
+    )
+    max_attempts: Positive = Field(
+        3,
+        description="With --worker: failures of a unit, of all workers together, after which it is "
+        "left alone until `store retry-failed`; the command then ends with exit code 3.",
+    )
+    idle_exit: float = Field(
+        0.0,
+        ge=0,
+        description="With --worker: seconds with nothing to do after which the command ends; "
+        "0 = never.",
+    )
+    prompts_per_version: int = Field(
+        0,
+        ge=0,
+        description="With --worker: sample so many prompts of each version of the student, from "
+        "where those of the version before end and again from the first after the last, and go to "
+        "a later version between two units; 0 = all prompts of a version before the next one.",
+    )
+    max_unscored: int = Field(
+        0,
+        ge=0,
+        description="With --worker: begin no unit while more than so many units of the name "
+        "have no "
+        "scores by any teacher; 0 = sample on. Bounds how far rollouts run ahead.",
+    )

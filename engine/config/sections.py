@@ -8,9 +8,9 @@ from pydantic import Field, ValidationInfo, field_validator
 from logitcask.engine.config.cost import Cost
 from logitcask.engine.config.loop import LoopScore, LoopTeacher
 from logitcask.engine.config.prompts import GRADER_MEANINGS, Prompts
-from logitcask.engine.config.runner import LoopRunner, StageRunner
+from logitcask.engine.config.runner import LoopRunner, StageRunner, Work
 from logitcask.engine.config.section import NAME, Name, Positive, Section
-from logitcask.engine.config.teacher import Score, Teacher, Work
+from logitcask.engine.config.teacher import Score, Teacher
 from logitcask.engine.config.training import Ablate, Eval, Loop, Lora, Train
 from logitcask.engine.types import BATCH_TOKENS, SamplingParams
 

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from logitcask.engine.config.runner import Work
 from logitcask.engine.config.section import Section
 from logitcask.engine.config.sections import RunConfig
-from logitcask.engine.config.teacher import Score, TeacherMix, Work, is_file
+from logitcask.engine.config.teacher import Score, TeacherMix, is_file
 from logitcask.engine.config.training import Train
 from logitcask.engine.errors import ConfigError, IdentityError
 from logitcask.engine.packing.plan import windows_at_most

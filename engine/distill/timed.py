@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from logitcask.engine.config.runner import Work
 from logitcask.engine.config.sections import RunConfig
-from logitcask.engine.config.teacher import Work
 from logitcask.engine.models.identity import digest
 from logitcask.engine.types import NO_DETAIL, Detail, Progress, Report
 from logitcask.engine.workers.job import Job, WorkPlan

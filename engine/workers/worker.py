@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import Generic, TypeVar
 
-from logitcask.engine.config.teacher import Work
+from logitcask.engine.config.runner import Work
 from logitcask.engine.errors import (
     ConfigError,
     IdentityError,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from logitcask.engine.config.teacher import Work
+from logitcask.engine.config.runner import Work
 from logitcask.engine.errors import LogitcaskError
 from logitcask.engine.events import EventHandler, peak_memory
 from logitcask.engine.workers.job import Job, Receipt

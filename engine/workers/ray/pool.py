@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from logitcask.engine.config.teacher import Work
+from logitcask.engine.config.runner import Work
 from logitcask.engine.errors import ProcessError
 from logitcask.engine.events import EventHandler
 from logitcask.engine.store import holds_store, open_store

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from logitcask.engine.config.teacher import Work
+from logitcask.engine.config.runner import Work
 from logitcask.engine.errors import (
     AnswerError,
     ConfigError,

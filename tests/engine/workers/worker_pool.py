@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import logitcask.engine.store.commit as commit
-from logitcask.engine.config.teacher import Work
+from logitcask.engine.config.runner import Work
 from logitcask.engine.store import Store, open_store
 from logitcask.engine.types import Report
 from logitcask.engine.workers.job import Job, WorkPlan

@@ -23,8 +23,7 @@ from safetensors.torch import load_file
 
 from logitcask.engine.commands.on_ray import rollout_on_ray, score_on_ray
 from logitcask.engine.commands.rollout import run_rollout
-from logitcask.engine.config.runner import StageRunner
-from logitcask.engine.config.teacher import Work
+from logitcask.engine.config.runner import StageRunner, Work
 from logitcask.engine.distill.loop import distill
 from logitcask.engine.distill.on_ray import distill_on_ray
 from logitcask.engine.errors import ConfigError, IncompleteError
