@@ -1,6 +1,4 @@
-"""The processes of a command, and those that share a store. Nothing here changes what they compute,
-so a resume may change it.
-"""
+"""How a command runs: its processes, and workers that share a store."""
 
 import re
 from typing import Annotated, Any, Literal
