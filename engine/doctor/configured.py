@@ -206,7 +206,10 @@ def _tokenizers(config: RunConfig, models: dict[str, _Model]) -> Finding:
             check="tokenizers",
             state="note" if named else "fault",
             message=shared.note(teacher.name),
-            hint="" if named else f'set teacher.student_tokenizer = "{student.name}"',
+            hint=""
+            if named
+            else f'set teacher.student_tokenizer = "{student.name}", or teacher.by_spans = true '
+            "with an objective over spans",
         )
     return _spans(config, student.folder, teacher.folder, shared.note(teacher.name))
 
