@@ -1,4 +1,4 @@
-"""How a command runs: its processes, and workers that share a store."""
+"""Processes of a command, and workers that share a store."""
 
 import re
 from typing import Annotated, Any, Literal
