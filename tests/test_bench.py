@@ -1,5 +1,6 @@
 """The scripts of bench/: each has --help, and the store's sections run on few rows."""
 
+import importlib
 import json
 import os
 import re
@@ -139,10 +140,10 @@ def test_another_tokenizer_and_two_experts_on_a_few_problems(
 ) -> None:
     """Run all stages with models that learn nothing; work the tables' figures by hand."""
     monkeypatch.syspath_prepend(str(BENCH))
-    import bench_cross_tokenizer
-    import report_cross_tokenizer
-
-    bench_cross_tokenizer.main(["--smoke", "--only", "merged alm", "routed opd"])
+    report_cross_tokenizer = importlib.import_module("report_cross_tokenizer")
+    importlib.import_module("bench_cross_tokenizer").main(
+        ["--smoke", "--only", "merged alm", "routed opd"]
+    )
     rows = [json.loads(x) for x in capsys.readouterr().out.splitlines() if x.startswith("{")]
     assert [(row["part"], row["variant"]) for row in rows] == [
         ("spans", "merged alm"),

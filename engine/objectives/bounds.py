@@ -63,7 +63,7 @@ def _draws_drift(objective: Objective) -> bool:
 
 def _correction(objective: Objective) -> str:
     """Return the text on what else helps against drift."""
-    if _draws_drift(objective) and not objective.over_spans:
+    if _draws_drift(objective) and not (objective.over_spans and objective.parameter):
         return ", or add +importance to the objective"
     rewards = [term for term in objective.terms if isinstance(term, Reward)]
     return ", or use reward(importance=true)" if rewards else ""

@@ -12,6 +12,7 @@ from logitcask.engine.objectives.modifiers import (
     CrossEntropy,
     EntropyGate,
     FixedAdvantage,
+    Importance,
     Reward,
 )
 from logitcask.engine.objectives.objective import Objective
@@ -138,9 +139,11 @@ def served(objective: Objective) -> Served:
 
 
 def _served_spans(objective: Objective) -> Served:
-    drawn = not all(term.corrected for term in objective.terms)
-    if drawn or objective.divergence == "advantage":
+    if not all(term.corrected for term in objective.terms):
         return Served.ON_POLICY
+    if objective.divergence == "advantage":
+        corrected = any(isinstance(each, Importance) for each in objective.modifiers)
+        return Served.ANY_AGE if corrected else Served.ON_POLICY
     return Served.HEURISTIC if objective.divergence in SPAN_ROWS else Served.SURROGATE
 
 
@@ -279,9 +282,9 @@ def _terms(objective: Objective, cache: CacheInfo) -> list[str]:
 
 def _own_estimator(objective: Objective, cache: CacheInfo) -> str:
     if objective.divergence == "advantage":
-        return _of_draws(
-            "one draw", _goal_of_spans(objective, cache), False, cache, cache.plain_sampling
-        )
+        corrected = any(isinstance(each, Importance) for each in objective.modifiers)
+        goal = _goal_of_spans(objective, cache)
+        return _of_draws("one draw", goal, corrected, cache, cache.plain_sampling)
     if objective.support not in SAMPLED_SUPPORTS:
         if objective.estimator == "policy_gradient":
             return "deterministic, but not the gradient of a divergence"

@@ -13,7 +13,14 @@ from logitcask.engine.objectives.divergences import (
     PARAMETERS,
     TRUNCATED,
 )
-from logitcask.engine.objectives.modifiers import EXCLUDES, CrossEntropy, Modifier, Reward, Term
+from logitcask.engine.objectives.modifiers import (
+    EXCLUDES,
+    CrossEntropy,
+    Importance,
+    Modifier,
+    Reward,
+    Term,
+)
 from logitcask.engine.objectives.policy_gradient import WEIGHTS
 from logitcask.engine.objectives.spans import SPAN_LOSSES, SPAN_PARAMETERS
 from logitcask.engine.objectives.spans.losses import RANKED
@@ -188,10 +195,18 @@ class Objective:
     def _check_spans(self) -> None:
         """Raise ObjectiveError for what a loss over spans does not have."""
         for each in self.modifiers:
-            if not isinstance(each, CrossEntropy | Reward):
+            drawn = isinstance(each, Importance) and self.divergence == "advantage"
+            if drawn and self.parameter:
+                raise ObjectiveError(
+                    f"modifier {each.name!r} with gamma = {self.parameter}: it corrects the draw "
+                    "of a span, not of those after it",
+                    hint="use span_advantage(parameter=0), or leave it out",
+                )
+            if not drawn and not isinstance(each, CrossEntropy | Reward):
                 raise ObjectiveError(
                     f"modifier {each.name!r} with a loss over spans, to which only the losses of "
-                    "the sampled token 'ce' and 'reward' are added",
+                    "the sampled token 'ce' and 'reward' are added, and 'importance' to "
+                    "span_advantage",
                     hint="leave it out; span_advantage(parameter=1) has a return of its own",
                 )
         if self.temperature != 1:

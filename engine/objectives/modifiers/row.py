@@ -10,7 +10,7 @@ from torch import Tensor
 from logitcask.engine.metrics.metrics import renormalised
 from logitcask.engine.objectives.divergences import forward_kl, reverse_kl
 from logitcask.engine.objectives.modifiers.base import Combination, Modifier, policy_ratio
-from logitcask.engine.objectives.supports import LossTerms, SupportLogProbs
+from logitcask.engine.objectives.supports import SPANS, LossTerms, SupportLogProbs
 from logitcask.engine.objectives.tail import bucket
 
 
@@ -129,7 +129,8 @@ class Importance(Modifier):
     """Terms get the ratio of the current policy to the behaviour policy, at most `cap` if that is
     above 0 (AsyncOPD, arXiv 2606.24143, has no cap). It corrects the draw of an id, not of its
     prefix. The behaviour policy is the distribution that was drawn from: tempered or truncated for
-    the sampled token, the whole one for mc.
+    the sampled token, the whole one for mc. Over spans it is the ratio of a whole span: see
+    spans/advantage.py.
     """
 
     name: ClassVar[str] = "importance"
@@ -137,7 +138,9 @@ class Importance(Modifier):
 
     def check(self, objective: Combination) -> None:
         self.require_range("cap", 0.0, math.inf, "[)")
-        self.require_support(objective, "its ids are not drawn from the student", "sampled", "mc")
+        if objective.support != SPANS:
+            why = "its ids are not drawn from the student"
+            self.require_support(objective, why, "sampled", "mc")
 
     def adjust_gradient(
         self, loss: Tensor, g: Tensor, inputs: SupportLogProbs

@@ -37,7 +37,7 @@ ON_SPANS = (
         formula="-sg[A(s)] log p(s), s a span, A(s) = log q(s) - log p(s)",
         needs=SPAN,
         staleness="the scores stay exact, but the text is a draw of the behaviour policy; watch "
-        "cache/approx_kl: above 0.05 be careful, above 0.2 sample again",
+        "cache/approx_kl: above 0.05 be careful, above 0.2 sample again, or add +importance",
         note="span_advantage(parameter=1) has the whole return and the mean gradient of KL(p || q) "
         "over responses, q(y) the probability of the teacher's own tokens of the text. " + MINUS_A,
     ),

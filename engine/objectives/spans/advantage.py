@@ -16,12 +16,18 @@ would not divide the text before the last token's span otherwise, whatever follo
 
 At gamma = 0 each span has its own A_s, as the sampled token has in Eq.3 of arXiv 2604.13016; with
 equal tokenizers the loss is that of `sampled_token`. Spans that are not trained on have no A.
+
+The modifier `importance` multiplies the loss of a span at gamma = 0 by p(s) / b(s), held fixed, b
+the distribution that its tokens were drawn from: the draw of the span is corrected, not its prefix.
 """
 
 import torch
 from torch import Tensor
 
 from logitcask.engine.objectives.spans.log_probs import SpanLogProbs
+
+RATIO_BOUND = 20.0
+"""Largest |log ratio|, as of the modifiers of rows."""
 
 
 def advantage(x: SpanLogProbs, _: int, gamma: float) -> Tensor:
@@ -34,6 +40,14 @@ def advantage(x: SpanLogProbs, _: int, gamma: float) -> Tensor:
     first = torch.where(x.known, x.token_log_p[x.first], 0.0)
     to_go, before = returns(a, sequence, gamma), gamma * earlier(a, sequence)
     return -a - to_go * _score(x.student) - before * _score(first)
+
+
+def importance(x: SpanLogProbs, cap: float) -> Tensor:
+    """Return [G] p(s) / b(s) without a gradient, at most `cap` if that is above 0."""
+    log_b = x.rows.behavior_logprobs.to(x.log_p.dtype)
+    log_ratio = x.sums(torch.where(x.trained_rows, x.token_log_p - log_b, 0.0).detach())
+    ratio = log_ratio.clamp(-RATIO_BOUND, RATIO_BOUND).exp()
+    return ratio.clamp(max=cap) if cap else ratio
 
 
 def _score(log_p: Tensor) -> Tensor:

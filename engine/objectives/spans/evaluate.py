@@ -15,7 +15,9 @@ from torch import Tensor
 
 from logitcask.engine.objectives.bounds import NO_BOUNDS, SKIPPED, Bounds, rows_to_skip, skips
 from logitcask.engine.objectives.evaluate import DISTILL_PART, part_name
+from logitcask.engine.objectives.modifiers import Importance
 from logitcask.engine.objectives.objective import Objective
+from logitcask.engine.objectives.spans.advantage import importance
 from logitcask.engine.objectives.spans.log_probs import SpanLogProbs
 from logitcask.engine.objectives.spans.losses import SPAN_LOSSES
 from logitcask.engine.objectives.spans.metrics import of_rows, span_metrics
@@ -59,6 +61,9 @@ def span_loss(
     with torch.enable_grad():
         moving = replace(x, log_p=log_p)
         loss = SPAN_LOSSES[objective.divergence](moving, objective.k, objective.parameter or 0.0)
+        for each in objective.modifiers:
+            if isinstance(each, Importance):
+                loss = loss * importance(x, each.cap)
         (at_ids,) = torch.autograd.grad((weight * loss).sum(), log_p)
     of_row = _at_first(x, weight * loss.detach())
     parts = {DISTILL_PART: _at_first(x, torch.where(weight != 0, loss.detach(), 0.0))}

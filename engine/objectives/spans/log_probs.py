@@ -103,6 +103,11 @@ class SpanLogProbs:
         masked = self.sums((self.rows.weight == 0).to(self.log_p.dtype)) > 0
         return self.known & ~masked
 
+    @cached_property
+    def trained_rows(self) -> Tensor:
+        """Return [P] bool: the row is in a span that is trained on."""
+        return torch.cat([self.trained, self.trained.new_zeros(1)])[self.span]
+
     def at(self, row: Tensor) -> Columns:
         """Return both models at the columns of one row of each span; row: [G] int64."""
         ids, log_q = self.rows.ids[row], self.rows.q_log_p[row].to(self.log_p.dtype)

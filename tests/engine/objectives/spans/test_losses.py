@@ -323,3 +323,20 @@ def test_a_bound_skips_spans_of_rows_that_moved() -> None:
     assert metrics["cache/skipped_share"].tolist() == [1, 1, 0, 0]
     torch.testing.assert_close(loss, rest)
     torch.testing.assert_close(grad, truth)
+
+
+def test_importance_weighs_a_span_by_the_ratio_of_its_whole_text() -> None:
+    plain = parse_objective("span_advantage").objective
+    for cap in (0.0, 1.1):
+        case = make_case([(3, 2)], 5)
+        targets = targets_of(case)
+        weighted = parse_objective(f"span_advantage+importance(cap={cap})").objective
+        (loss, _, grad), (more, _, moved) = (
+            ours(each, case.live, targets) for each in (plain, weighted)
+        )
+        token = torch.tensor(case.token)[:, None]
+        now, then = (z.log_softmax(1).gather(1, token).sum() for z in (case.live, case.old))
+        ratio = min(float((now - then).exp()), cap or math.inf)
+        assert ratio != 1
+        torch.testing.assert_close(more, ratio * loss, rtol=1e-6, atol=0)
+        torch.testing.assert_close(moved, ratio * grad, rtol=1e-6, atol=1e-9)
