@@ -52,7 +52,7 @@ class Variant:
 
 OVER_SPANS = (
     *("alm(parameter=1)", "x_token", "simct", "gold", "uld", "span_advantage", "alm"),
-    *("uld+ce(weight=1)", "span_advantage(parameter=1)"),
+    *("uld+ce(weight=1)", "span_advantage(parameter=1)", "span_advantage+importance(cap=5)"),
 )
 PARTS = {
     "spans": (
