@@ -30,13 +30,17 @@ def tokenizer(*pieces: str) -> Any:
     return SimpleNamespace(convert_ids_to_tokens=lambda ids: [pieces[i] for i in ids])
 
 
-def test_the_sum_of_a_span() -> None:
-    """Compare oracle O6: abc|def of a student, ab|cdef of a teacher with log q (-1, -2)."""
-    shares = alignment().align_teacher_logprobs(
+def shares_of_o6() -> list[float]:
+    found: list[float] = alignment().align_teacher_logprobs(
         [0, 1], tokenizer("abc", "def"), [0, 1], tokenizer("ab", "cdef"),
         [-1.0, -2.0], [-0.5, -0.7], "", "abcdef",
     )  # fmt: skip
-    assert shares == [-2.0, -1.0]
+    return found
+
+
+def test_the_sum_of_a_span() -> None:
+    """Compare oracle O6: abc|def of a student, ab|cdef of a teacher with log q (-1, -2)."""
+    shares = shares_of_o6()
     one: spans.Span = (0, 2, 0, 2)
     teacher = torch.tensor([[-1.0, 0.0], [0.0, -2.0]], dtype=torch.float64).exp()
     teacher[0, 1], teacher[1, 0] = 1 - teacher[0, 0], 1 - teacher[1, 1]
@@ -53,4 +57,9 @@ def test_the_sum_of_a_span() -> None:
 
 
 def test_the_shares_of_a_span() -> None:
+    # Each byte of `ab` has -1 / 2 of the teacher's log-prob, each of `cdef` -2 / 4.
+    by_bytes = [2 * -0.5 + 1 * -0.5, 3 * -0.5]
+    shares = shares_of_o6()
+    assert sum(shares) == sum(by_bytes)
+    assert shares == [-2.0, -1.0] != by_bytes
     pytest.skip("its shares (-2, -1) are by count, (-1.5, -1.5) by bytes; only the sum is exact")

@@ -8,7 +8,7 @@ for `import`, because rollouts of a store have the top-k of their student.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from logitcask.engine.exchange.adopt import committed_units, import_provenance, 
 from logitcask.engine.exchange.adopt_recorded import rows_of
 from logitcask.engine.models.identity import digest
 from logitcask.engine.rollout.unit import LOGPROB
+from logitcask.engine.score.sequences import cut
 from logitcask.engine.store import Segment, Store
 from logitcask.engine.store.format.provenance import SAMPLER
 from logitcask.engine.types import (
@@ -108,7 +109,7 @@ def keep(
     for number, (key, each) in enumerate(zip(keys, chosen, strict=True)):
         whole = store.read_rollouts(each.segment)
         assert whole.student is not None, "a committed rollout unit holds these"
-        rollouts, marks = cut(whole, each.sequences)
+        rollouts, marks = _of_teacher(whole, each.sequences)
         base = committed.get(key)
         if base is None:
             new += 1
@@ -154,27 +155,8 @@ def _score_provenance(of: Mapping[str, Any], name: str) -> dict[str, Any]:
     }
 
 
-def cut(rollouts: Rollouts, sequences: Sequence[int]) -> tuple[Rollouts, Array]:
-    """Return some sequences without scores, and the marks [P] bool of their rows."""
-    places = np.asarray(sequences, np.int64)
-    lengths = rollouts.lengths()[places]
-    marks = np.zeros(rollouts.positions, bool)
-    for place in places.tolist():
-        marks[rollouts.seq_off[place] : rollouts.seq_off[place + 1]] = True
-    used, of_prompt = np.unique(rollouts.seq_prompt[places], return_inverse=True)
-    return (
-        Rollouts(
-            prompts=tuple(rollouts.prompts[each] for each in used.tolist()),
-            seq_prompt=of_prompt.astype(np.uint32),
-            seq_off=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            tokens=rollouts.tokens[marks],
-            loss_mask=rollouts.loss_mask[marks],
-            b_lp=rollouts.b_lp[marks],
-            finish=rollouts.finish[places],
-            # Versions of the teacher; the student has sampled none of them.
-            version_start=np.zeros(len(places), np.int64),
-            version_end=np.zeros(len(places), np.int64),
-            reward=None if rollouts.reward is None else rollouts.reward[places],
-        ),
-        marks,
-    )
+def _of_teacher(rollouts: Rollouts, sequences: Sequence[int]) -> tuple[Rollouts, Array]:
+    """Return some sequences, and the marks [P] bool of their rows: no student has sampled them."""
+    part, marks = cut(rollouts, sequences)
+    none = np.zeros(len(sequences), np.int64)
+    return replace(part, version_start=none, version_end=none), marks

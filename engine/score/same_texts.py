@@ -7,12 +7,12 @@ lie at rows that depend on the student's tokens.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 
 from logitcask.engine.alignment.aligned_rollouts import text_digests
 from logitcask.engine.errors import ConfigError, IdentityError
+from logitcask.engine.score.sequences import cut
 from logitcask.engine.store import Segment, Snapshot, Store
 from logitcask.engine.store.decoded_unit import has_spans
 from logitcask.engine.types import Array, ModelRef, Rollouts, Scores
@@ -68,7 +68,7 @@ class SameTexts:
                 lp[rows] = known
         took_s = 0.0
         if new:
-            part, rows_of_part = _cut(rollouts, new)
+            part, rows_of_part = cut(rollouts, new)
             scores, took_s = score(part)
             lp[rows_of_part] = scores.lp
         nothing, none = np.zeros(len(lp), np.float32), np.zeros(0, np.float32)
@@ -96,23 +96,3 @@ class SameTexts:
         if self._read[0] != segment.seg_id:
             self._read = (segment.seg_id, self._store.read_arrays(segment))
         return self._read[1]
-
-
-def _cut(rollouts: Rollouts, sequences: list[int]) -> tuple[Rollouts, Array]:
-    """Return some sequences, and the marks [P] bool of their rows."""
-    places, lengths = np.array(sequences, np.int64), rollouts.lengths()
-    chosen = np.zeros(len(lengths), bool)
-    chosen[places] = True
-    rows = np.repeat(chosen, lengths)
-    part = replace(
-        rollouts,
-        seq_prompt=rollouts.seq_prompt[places],
-        seq_off=np.cumsum([0, *lengths[places]], dtype=np.int64),
-        tokens=rollouts.tokens[rows],
-        loss_mask=rollouts.loss_mask[rows],
-        b_lp=rollouts.b_lp[rows],
-        finish=rollouts.finish[places],
-        version_start=rollouts.version_start[places],
-        version_end=rollouts.version_end[places],
-    )
-    return part, rows
